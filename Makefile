@@ -1,0 +1,35 @@
+# Each target sets itself up: a bare clone with Python 3.11 or newer is enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := onnx,openvino,tensorrt-rtx,face,dev
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install check test demo
+
+help:
+	@echo "make install   create $(VENV) and install the toolkit with its extras"
+	@echo "make check     ruff, formatting and mypy"
+	@echo "make test      make check, then every test"
+	@echo "make demo      checkpoint -> bundle -> engines -> verification -> demo/*.mp4"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		f"Python 3.11 or newer is needed, $(PYTHON) is {sys.version.split()[0]}: make PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest
+
+demo: $(STAMP)
+	$(BIN)/proteus-deploy demo --output-dir demo

@@ -1,0 +1,100 @@
+"""Files that are either whole or absent: atomic writes, hashes, paths kept inside a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from proteus_deploy.errors import InputError
+
+_TEMPORARY_MARK = ".partial-"
+_HASH_BLOCK_BYTES = 1 << 20
+
+
+def _sync_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success fsync it and rename it over `path`.
+
+    A process killed at any moment leaves the old file or the new one, never a part of it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f"{_TEMPORARY_MARK}{path.name}-", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `path`; on success it becomes `path`.
+
+    Raises InputError when `path` already exists and is not an empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} already exists and is not empty; choose another folder or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY_MARK}{path.name}-", dir=path.parent))
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                with file.open("rb+") as stream:
+                    os.fsync(stream.fileno())
+        temporary.chmod(0o755)
+        if path.is_dir():
+            path.rmdir()
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write `document` as sorted, indented JSON, atomically."""
+    with atomic_file(path) as temporary:
+        text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's bytes, read in blocks of one MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`, refused when the result (links followed) is not under `folder`.
+
+    Raises InputError for absolute names and for names that climb out with `..`.
+    """
+    candidate = (folder / name).resolve()
+    if not candidate.is_relative_to(folder.resolve()):
+        raise InputError(f"{name!r} points outside {folder}; only files inside the folder are read")
+    return candidate

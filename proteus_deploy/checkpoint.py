@@ -1,0 +1,121 @@
+"""A checkpoint folder in the published layout: read, validated, hashed.
+
+    model_index.json    transformer/   vae/   text_encoder/   tokenizer/   scheduler/   face_encoder/ (optional)
+
+ConsisID folders saved by diffusers have the same layout with another transformer class.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from proteus_deploy._files import sha256_of
+from proteus_deploy.errors import CheckpointError
+from proteus_deploy.model.config import TransformerConfig, read_transformer_config
+from proteus_deploy.weights import SafetensorsFolder, read_json
+
+COMPONENTS = ("transformer", "vae", "text_encoder")
+SCHEDULERS = ("CogVideoXDPMScheduler", "CogVideoXDDIMScheduler")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint. Configs are read at once, weights only when a network is built."""
+
+    folder: Path
+    transformer: TransformerConfig
+    vae: dict[str, Any]
+    text_encoder: dict[str, Any]
+    scheduler: dict[str, Any]
+    random_weights_seed: int | None = None
+
+    @classmethod
+    def open(cls, folder: str | Path, *, random_weights_seed: int | None = None) -> Checkpoint:
+        """Read and validate the configs.
+
+        `random_weights_seed` replaces all weights by random numbers made while they are read, so that a
+        folder with configs only can be exported and measured at real size.
+        Raises CheckpointError naming the file and field at fault.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{folder} is not a folder; a checkpoint is a folder with model_index.json in it"
+            )
+        read_json(folder / "model_index.json")
+        transformer_file = folder / "transformer" / "config.json"
+        transformer = read_transformer_config(read_json(transformer_file), str(transformer_file))
+        vae = _expect(folder, "vae", "config.json", "_class_name", ("AutoencoderKLCogVideoX",))
+        scheduler = _expect(folder, "scheduler", "scheduler_config.json", "_class_name", SCHEDULERS)
+        text_encoder = _expect(folder, "text_encoder", "config.json", "model_type", ("t5",))
+        checkpoint = cls(folder, transformer, vae, text_encoder, scheduler, random_weights_seed)
+        checkpoint._check_dimensions()
+        return checkpoint
+
+    def _check_dimensions(self) -> None:
+        backbone = self.transformer.backbone
+        pairs = (
+            (
+                "text_encoder d_model",
+                self.text_encoder.get("d_model"),
+                "text_embed_dim",
+                backbone.text_embed_dim,
+            ),
+            ("vae latent_channels", self.vae.get("latent_channels"), "out_channels", backbone.out_channels),
+        )
+        for left, left_value, right, right_value in pairs:
+            if left_value != right_value:
+                raise CheckpointError(
+                    f"{self.folder}: {left} is {left_value} but the transformer's {right} is {right_value}; "
+                    "the parts come from different checkpoints"
+                )
+
+    def weights(self, component: str) -> SafetensorsFolder:
+        """The safetensors of `transformer`, `vae` or `text_encoder`. Raises CheckpointError (see SafetensorsFolder)."""
+        return SafetensorsFolder(self.folder / component)
+
+    @property
+    def face_encoder(self) -> Path | None:
+        """Folder of the face networks; None in checkpoints that were published without it."""
+        folder = self.folder / "face_encoder"
+        return folder if folder.is_dir() else None
+
+    @property
+    def tokenizer(self) -> Path:
+        folder = self.folder / "tokenizer"
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is missing; the prompt can't be turned into tokens without it")
+        return folder
+
+    @property
+    def scheduler_file(self) -> Path:
+        return self.folder / "scheduler" / "scheduler_config.json"
+
+    @cached_property
+    def scaling_factor(self) -> float:
+        return float(self.vae["scaling_factor"])
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 over every file's relative name and content hash, in name order."""
+        digest = hashlib.sha256()
+        for file in sorted(self.folder.rglob("*")):
+            if file.is_file() and not file.name.startswith("."):
+                digest.update(f"{file.relative_to(self.folder).as_posix()}\0{sha256_of(file)}\n".encode())
+        if self.random_weights_seed is not None:
+            digest.update(f"random weights {self.random_weights_seed}\n".encode())
+        return digest.hexdigest()
+
+
+def _expect(folder: Path, part: str, name: str, key: str, allowed: tuple[str, ...]) -> dict[str, Any]:
+    file = folder / part / name
+    document = read_json(file)
+    if document.get(key) not in allowed:
+        raise CheckpointError(
+            f"{file}: {key} is {document.get(key)!r}; this project knows {', '.join(allowed)}"
+        )
+    return document

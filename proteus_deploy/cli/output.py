@@ -1,0 +1,71 @@
+"""What commands print on standard output: aligned tables and one JSON document."""
+
+from __future__ import annotations
+
+import json
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_GAP = "  "
+
+
+def _cell(value: object) -> str:
+    """One line of printable text; control characters of foreign names are shown, not obeyed."""
+    text = "" if value is None else str(value)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _width(text: str) -> int:
+    """Columns on a terminal: East Asian wide characters take two, combining marks none."""
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
+    )
+
+
+def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Lay out `rows` under `headers`; columns that hold only numbers are aligned to the right.
+
+    None is an empty cell. Raises ValueError for a row of another length than `headers`.
+    """
+    for row in rows:
+        if len(row) != len(headers):
+            raise ValueError(f"a row of {len(row)} cells under {len(headers)} headers: {list(row)!r}")
+    cells = [[_cell(value) for value in line] for line in (headers, *rows)]
+    widths = [max(_width(line[i]) for line in cells) for i in range(len(headers))]
+    numeric = [
+        bool(rows) and all(isinstance(row[i], int | float | None) for row in rows)
+        for i in range(len(headers))
+    ]
+
+    def lay_out(line: Sequence[str]) -> str:
+        padded = []
+        for text, width, right in zip(line, widths, numeric, strict=True):
+            padding = " " * (width - _width(text))
+            padded.append(padding + text if right else text + padding)
+        return _GAP.join(padded).rstrip()
+
+    rule = _GAP.join("-" * width for width in widths)
+    return "\n".join([lay_out(cells[0]), rule, *(lay_out(line) for line in cells[1:])])
+
+
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print `format_table` of the same arguments."""
+    print(format_table(headers, rows))
+
+
+def _finite(document: Any) -> Any:
+    """The document with NaN and infinities as None: JSON has no word for them."""
+    if isinstance(document, float):
+        return document if math.isfinite(document) else None
+    if isinstance(document, Mapping):
+        return {key: _finite(value) for key, value in document.items()}
+    if isinstance(document, list | tuple):
+        return [_finite(value) for value in document]
+    return document
+
+
+def print_json(document: Any) -> None:
+    """Print one indented ASCII JSON document; NaN and infinities become null."""
+    print(json.dumps(_finite(document), indent=2, allow_nan=False))

@@ -1,0 +1,1 @@
+"""The PyTorch reference: transformer, identity fusion, identity schedule, identity attention."""

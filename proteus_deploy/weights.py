@@ -1,0 +1,167 @@
+"""Weights on disk, read one tensor at a time. safetensors only; a pickle is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from proteus_deploy._files import inside
+from proteus_deploy.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+
+
+class WeightSource(Protocol):
+    """Anything that knows shapes without reading, and reads one tensor on demand."""
+
+    source: str
+
+    def keys(self) -> Iterator[str]: ...
+    def shape(self, key: str) -> tuple[int, ...]: ...
+    def tensor(self, key: str) -> Tensor: ...
+
+
+class SafetensorsFolder:
+    """The safetensors files of one component folder: a single file or shards with an index.
+
+    Raises CheckpointError when the folder has no safetensors, only pickles, or a damaged file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.source = str(folder)
+        self._files = _weight_files(folder)
+        self._key_file: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for file in self._files:
+            for key, shape in _read_header(file).items():
+                if key in self._key_file:
+                    raise CheckpointError(
+                        f"{key!r} is in both {self._key_file[key]} and {file}; remove one of them"
+                    )
+                self._key_file[key] = file
+                self._shapes[key] = shape
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self._files
+
+    def keys(self) -> Iterator[str]:
+        return iter(self._key_file)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._shapes[key]
+
+    def tensor(self, key: str) -> Tensor:
+        from safetensors import safe_open
+
+        with safe_open(self._key_file[key], framework="pt") as file:
+            return file.get_tensor(key)  # type: ignore[no-any-return]
+
+
+class RandomWeights:
+    """Weights that exist only while they are read: normal numbers from a seed and the key.
+
+    Stands in for a checkpoint of real size where none can be stored; shapes come from the modules.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], *, seed: int, scale: float = 0.02) -> None:
+        self.source = f"random weights (seed {seed})"
+        self._shapes = dict(shapes)
+        self._seed = seed
+        self._scale = scale
+
+    def keys(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._shapes[key]
+
+    def tensor(self, key: str) -> Tensor:
+        import zlib
+
+        import torch
+
+        generator = torch.Generator().manual_seed(self._seed + zlib.crc32(key.encode()))
+        return torch.randn(self._shapes[key], generator=generator) * self._scale
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is not a folder; a published checkpoint keeps each network in its own"
+        )
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if indices:
+        try:
+            names = set(json.loads(indices[0].read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{indices[0]} is not a safetensors index ({error}); download it again"
+            ) from error
+        files = tuple(inside(folder, name) for name in sorted(names))
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{folder}: shards named in {indices[0].name} are missing: {', '.join(missing)}"
+            )
+        return files
+    files = tuple(sorted(folder.glob("*.safetensors")))
+    if files:
+        return files
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLE_SUFFIXES)
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds its weights as a pickle ({', '.join(pickles)}); a pickle can run code when it is "
+            f"opened, so only safetensors are loaded. Convert it once with: proteus-deploy convert {folder}"
+        )
+    raise CheckpointError(f"{folder} has no .safetensors file")
+
+
+def _read_header(file: Path) -> dict[str, tuple[int, ...]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} can't be read as safetensors ({error}); it is damaged or incomplete"
+        ) from error
+
+
+def check_keys(expected: Mapping[str, tuple[int, ...]], store: WeightSource) -> None:
+    """Every expected key is present with its shape, and nothing else is.
+
+    Raises CheckpointError that lists missing, unexpected and wrongly shaped keys by name.
+    """
+    found = {key: store.shape(key) for key in store.keys()}  # noqa: SIM118 - a protocol, not a dict
+    problems: list[str] = []
+    problems += [f"missing: {key} {list(expected[key])}" for key in expected if key not in found]
+    problems += [f"unexpected: {key} {list(found[key])}" for key in found if key not in expected]
+    problems += [
+        f"wrong shape: {key} is {list(found[key])}, the config asks for {list(shape)}"
+        for key, shape in expected.items()
+        if key in found and found[key] != shape
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:20])
+        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise CheckpointError(f"{store.source}: the weights don't fit the config:\n  {shown}{more}")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a checkpoint folder. Raises CheckpointError when absent or malformed."""
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is missing") from error
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{file} is not readable JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, not {type(document).__name__}")
+    return document
