@@ -21,7 +21,8 @@ from proteus_deploy.errors import (
 
 if TYPE_CHECKING:
     from proteus_deploy.identity.features import IdentityFeatures
-    from proteus_deploy.pipeline import GenerateRequest, Pipeline, StepEvent
+    from proteus_deploy.pipeline import Pipeline, StepEvent
+    from proteus_deploy.request import GenerateRequest
     from proteus_deploy.video import Video
 
 __all__ = [
@@ -44,7 +45,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LAZY = {
-    "GenerateRequest": "proteus_deploy.pipeline",
+    "GenerateRequest": "proteus_deploy.request",
     "IdentityFeatures": "proteus_deploy.identity.features",
     "Pipeline": "proteus_deploy.pipeline",
     "StepEvent": "proteus_deploy.pipeline",

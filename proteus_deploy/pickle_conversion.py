@@ -90,9 +90,9 @@ def _load_plain(source: Path) -> Any:
         return torch.load(source, map_location="cpu", weights_only=True, mmap=_is_zip(source))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{source} holds code or objects besides tensors and will not be loaded: running it could do anything. "
-            "Ask its author for a file of plain tensors (torch.save of a state_dict) or for safetensors. "
-            f"The loader said: {_first_line(error)}"
+            f"{source} holds code or objects besides tensors and will not be loaded: running it could do "
+            "anything. Ask its author for a file of plain tensors (torch.save of a state_dict) or for "
+            f"safetensors. The loader said: {_first_line(error)}"
         ) from error
     except Exception as error:  # a damaged archive raises RuntimeError, EOFError, KeyError, …
         raise CheckpointError(
@@ -131,8 +131,8 @@ def _tensors(loaded: Any, source: Path) -> dict[str, torch.Tensor]:
     strange = [name for name, value in tensors.items() if value.layout != torch.strided or value.is_quantized]
     if strange:
         raise CheckpointError(
-            f"{source}: {', '.join(strange[:4])} are sparse or quantised tensors, which safetensors can't hold; "
-            "save them dense first"
+            f"{source}: {', '.join(strange[:4])} are sparse or quantised tensors, which safetensors "
+            "can't hold; save them dense first"
         )
     return tensors
 

@@ -126,8 +126,8 @@ def _axes(config: TransformerConfig, ranges: ExportRanges) -> dict[str, AxisRang
         "N": AxisRange(1, tokens, tokens),
         "P": AxisRange(1, max(queries, 1), max(queries, 1)),
         "T": AxisRange(1, _MAX_TIMESTEPS_PER_CALL, _MAX_TIMESTEPS_PER_CALL),
-        "h": _range(_MIN_SIDE, tile[0], longest_height),
-        "w": _range(_MIN_SIDE, tile[1], longest_width),
+        "h": _range(1, tile[0], longest_height),
+        "w": _range(1, tile[1], longest_width),
     }
 
 

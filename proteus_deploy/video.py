@@ -11,13 +11,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from proteus_deploy._files import atomic_directory, atomic_file
 from proteus_deploy.errors import BackendError, InputError
+
+if TYPE_CHECKING:
+    from av.video.stream import VideoStream
 
 __all__ = ["Video", "read_video"]
 
@@ -129,7 +132,7 @@ def _encode(path: Path, video: Video, comment: str) -> None:
         # One thread: x264 cuts a frame into other pieces on another number of cores. No mbtree: x264's
         # AVX-512 code for it reads past the end of some rows (at 720x480, say), so bytes differ by chance.
         codec_options = {"crf": _CRF, "threads": "1", "mbtree": "0", "flags": "+bitexact"}
-        stream = container.add_stream(_CODEC, rate=rate, options=codec_options)
+        stream = cast("VideoStream", container.add_stream(_CODEC, rate=rate, options=codec_options))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
         # Untagged colours are guessed by players from the size; these are the ones converted to below.

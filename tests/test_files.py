@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import signal
 import subprocess
@@ -40,6 +39,10 @@ for round in range(10_000):
 """
 
 
+def _names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def _kill_while_writing(program: str, target: Path, delay_s: float) -> None:
     command = [sys.executable, "-c", program, str(target)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
@@ -58,7 +61,7 @@ def test_atomic_file_replaces_the_old_content(tmp_path: Path) -> None:
             temporary.write_bytes(content)
         assert target.read_bytes() == content
     assert target.stat().st_mode & 0o777 == 0o644
-    assert os.listdir(target.parent) == ["out.bin"]
+    assert _names_in(target.parent) == ["out.bin"]
 
 
 def test_atomic_file_keeps_the_old_content_on_error(tmp_path: Path) -> None:
@@ -73,7 +76,7 @@ def test_atomic_file_keeps_the_old_content_on_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="disk is full"):
         write_half()
     assert target.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["out.bin"]
+    assert _names_in(tmp_path) == ["out.bin"]
 
 
 def test_atomic_file_killed_at_any_moment_is_whole(tmp_path: Path) -> None:
@@ -103,7 +106,7 @@ def test_atomic_directory_fills_an_empty_folder(tmp_path: Path) -> None:
         (temporary / "nested").mkdir()
         (temporary / "nested" / "a.txt").write_text("a", encoding="utf-8")
     assert (target / "nested" / "a.txt").read_text(encoding="utf-8") == "a"
-    assert os.listdir(tmp_path) == ["bundle"]
+    assert _names_in(tmp_path) == ["bundle"]
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -114,7 +117,7 @@ def test_atomic_directory_refuses_what_is_there(tmp_path: Path, kind: str) -> No
     (target / "old.txt" if kind == "folder" else target).write_text("old", encoding="utf-8")
     with pytest.raises(InputError, match="already exists and is not empty"), atomic_directory(target):
         pass
-    assert os.listdir(tmp_path) == ["bundle"]
+    assert _names_in(tmp_path) == ["bundle"]
 
 
 def test_atomic_directory_leaves_nothing_on_error(tmp_path: Path) -> None:
@@ -125,7 +128,7 @@ def test_atomic_directory_leaves_nothing_on_error(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="stop"):
         write_half()
-    assert os.listdir(tmp_path) == []
+    assert _names_in(tmp_path) == []
 
 
 def test_write_json_is_sorted_and_the_same_each_time(tmp_path: Path) -> None:

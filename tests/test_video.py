@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from proteus_deploy import _files
 from proteus_deploy.errors import BackendError, InputError
 from proteus_deploy.video import Video, read_video
 
@@ -161,11 +160,10 @@ def test_failure_midway_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     path = tmp_path / "out.mp4"
     path.write_bytes(b"old")
 
-    def fail(_: Path) -> None:
+    def fail(*_: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_files, "_sync_directory", fail)
-    monkeypatch.setattr(_files.os, "replace", lambda *_: fail(path))
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="No space left"):
         Video(_gradient(1), 8).save(path)
     assert path.read_bytes() == b"old"
@@ -190,12 +188,12 @@ def test_save_frames_refuses_a_used_folder(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize("keep", [0, 10, 200, 0.5, 0.9])
+@pytest.mark.parametrize("keep", [0.0, 0.004, 0.1, 0.5, 0.9])
 def test_truncated_file_is_refused(tmp_path: Path, keep: float) -> None:
     path = tmp_path / "out.mp4"
     Video(_gradient(), 8, METADATA).save(path)
     content = path.read_bytes()
-    path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    path.write_bytes(content[: int(keep * len(content))])
     with pytest.raises(InputError, match=r"out\.mp4"):
         read_video(path)
 

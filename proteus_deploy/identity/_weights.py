@@ -32,7 +32,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def shape_of(tensors: dict[str, torch.Tensor], key: str, rank: int, path: Path) -> tuple[int, ...]:
     """The shape of one tensor, from which sizes of the network are read."""
     if key not in tensors:
-        raise CheckpointError(f"{path} has no tensor {key!r}, which this network needs; is it another network?")
+        raise CheckpointError(
+            f"{path} has no tensor {key!r}, which this network needs; is it another network?"
+        )
     shape = tuple(tensors[key].shape)
     if len(shape) != rank:
         raise CheckpointError(f"{path}: {key!r} has shape {list(shape)}; expected {rank} axes")
@@ -62,9 +64,7 @@ def fill_module(module: torch.nn.Module, tensors: dict[str, torch.Tensor], path:
         raise CheckpointError(
             f"{path} does not fit {type(module).__name__}; {'; '.join(found)}. Is it another network?"
         )
-    floats = {
-        key: value.float() if value.is_floating_point() else value for key, value in tensors.items()
-    }
+    floats = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
     module.load_state_dict(floats, assign=True)
     module.eval().requires_grad_(False)
 

@@ -50,8 +50,8 @@ def align_face(
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     """Return the aligned crop, RGB uint8 [size, size, 3], and the warp, float64 [2, 3], photo -> crop.
 
-    image: RGB uint8 [H, W, 3]. landmarks: [5, 2]. The warp is a similarity (turn, scale, shift) found by least
-    median of squares, as published. Raises PhotoError when the landmarks determine none.
+    image: RGB uint8 [H, W, 3]. landmarks: [5, 2]. The warp is a similarity (turn, scale, shift) found by
+    least median of squares, as published. Raises PhotoError when the landmarks determine none.
     """
     import numpy as np
 

@@ -117,10 +117,8 @@ class IdentityEncoder:
         face = self.detector.choose(self.detector.detect(image), face_index)
         return self.encode_face(image, face)
 
-    @torch.inference_mode()
-    def encode_face(
-        self, image: NDArray[np.uint8], face: Face
-    ) -> tuple[IdentityFeatures, NDArray[np.uint8]]:
+    @torch.no_grad()
+    def encode_face(self, image: NDArray[np.uint8], face: Face) -> tuple[IdentityFeatures, NDArray[np.uint8]]:
         """As `encode`, for a face already chosen in `image`, RGB uint8 [H, W, 3]."""
         embedding = torch.from_numpy(self.detector.embed(image, face))
         crop, warp = align_face(image, face.landmarks)

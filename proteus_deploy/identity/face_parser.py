@@ -28,7 +28,7 @@ _TRAINING_HEADS = ("conv_out16.", "conv_out32.")
 
 @dataclass(frozen=True)
 class BiSeNetSizes:
-    """Channels: of the four ResNet stages, of the context path, of the fusion, and inside its gate and head."""
+    """Channels of the four ResNet stages, the context path, the fusion, its gate and the head."""
 
     stages: tuple[int, int, int, int]
     context: int
@@ -44,7 +44,8 @@ class _ConvNormRelu(nn.Module):
         self.bn = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.relu(self.bn(self.conv(x)))
+        result: Tensor = functional.relu(self.bn(self.conv(x)))
+        return result
 
 
 class _ResidualBlock(nn.Module):
@@ -97,7 +98,8 @@ class _AttentionRefinement(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         features = self.conv(x)
         gate = self.bn_atten(self.conv_atten(_global_mean(features)))
-        return features * torch.sigmoid(gate)
+        refined: Tensor = features * torch.sigmoid(gate)
+        return refined
 
 
 class _ContextPath(nn.Module):
@@ -127,7 +129,8 @@ class _FeatureFusion(nn.Module):
     def forward(self, spatial: Tensor, context: Tensor) -> Tensor:
         features = self.convblk(torch.cat([spatial, context], dim=1))
         gate = self.conv2(functional.relu(self.conv1(_global_mean(features))))
-        return features + features * torch.sigmoid(gate)
+        fused: Tensor = features + features * torch.sigmoid(gate)
+        return fused
 
 
 class _Head(nn.Module):
@@ -137,7 +140,8 @@ class _Head(nn.Module):
         self.conv_out = nn.Conv2d(inner, LABELS, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv_out(self.conv(x))
+        logits: Tensor = self.conv_out(self.conv(x))
+        return logits
 
 
 class BiSeNet(nn.Module):
@@ -170,7 +174,9 @@ def load_face_parser(path: str | Path) -> BiSeNet:
 
     labels = outputs("conv_out.conv_out")
     if labels != LABELS:
-        raise CheckpointError(f"{path} tells {labels} labels apart; the recipe needs the {LABELS} of CelebAMask-HQ")
+        raise CheckpointError(
+            f"{path} tells {labels} labels apart; the recipe needs the {LABELS} of CelebAMask-HQ"
+        )
     first, second, third, fourth = (outputs(f"cp.resnet.layer{stage}.0.conv1") for stage in (1, 2, 3, 4))
     sizes = BiSeNetSizes(
         stages=(first, second, third, fourth),

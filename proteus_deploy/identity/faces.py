@@ -43,8 +43,8 @@ _RECOGNISER_SIDE = 112
 class Face:
     """One detected face.
 
-    box: x0, y0, x1, y1 in pixels of the image it was found in. score: 0..1. landmarks: float32 [5, 2], x, y of
-    the eyes, nose tip and mouth corners, left ones (seen in the image) first.
+    box: x0, y0, x1, y1 in pixels of the image it was found in. score: 0..1. landmarks: float32 [5, 2], x, y
+    of the eyes, nose tip and mouth corners, left ones (seen in the image) first.
     """
 
     box: tuple[float, float, float, float]
@@ -108,8 +108,8 @@ class FaceDetector:
         # insightface downloads a pack it can't find, so the folder is looked at first.
         if not folder.is_dir() or not any(folder.glob("*.onnx")):
             raise CheckpointError(
-                f"{folder} holds no *.onnx files; expected the antelopev2 pack of the checkpoint (a detector such "
-                "as scrfd_10g_bnkps.onnx and a recogniser such as glintr100.onnx). Copy it there"
+                f"{folder} holds no *.onnx files; expected the antelopev2 pack of the checkpoint (a detector "
+                "such as scrfd_10g_bnkps.onnx and a recogniser such as glintr100.onnx). Copy it there"
             )
         _check_providers(providers)
         analysis = import_face_package("insightface.app")
@@ -185,7 +185,8 @@ def _bgr(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise InputError(
-            f"the image is {image.dtype} {list(image.shape)}; expected RGB uint8 [H, W, 3], as open_photo gives"
+            f"the image is {image.dtype} {list(image.shape)}; "
+            "expected RGB uint8 [H, W, 3], as open_photo gives"
         )
     return np.ascontiguousarray(image[:, :, ::-1])
 

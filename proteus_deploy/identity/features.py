@@ -42,7 +42,9 @@ class IdentityFeatures:
         object.__setattr__(self, "id_vit_hidden", tuple(self.id_vit_hidden))
         _check_tensor("id_cond", self.id_cond, "[B, 1, C]", 3)
         if self.id_cond.shape[1] != 1:
-            raise InputError(f"id_cond has shape {_shape(self.id_cond)}; expected [B, 1, C]: one vector a photo")
+            raise InputError(
+                f"id_cond has shape {_shape(self.id_cond)}; expected [B, 1, C]: one vector a photo"
+            )
         if len(self.id_vit_hidden) != HIDDEN_STATES:
             raise InputError(
                 f"id_vit_hidden has {len(self.id_vit_hidden)} tensors; expected {HIDDEN_STATES}, "

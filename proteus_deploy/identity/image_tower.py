@@ -72,10 +72,12 @@ class _Attention(nn.Module):
         key = rotate(self._split(self.k_proj(x)), cosines, sines)
         value = self._split(self.v_proj(x) + self.v_bias)
         mixed = functional.scaled_dot_product_attention(query, key, value)
-        return self.proj(self.inner_attn_ln(mixed.transpose(1, 2).flatten(2)))
+        result: Tensor = self.proj(self.inner_attn_ln(mixed.transpose(1, 2).flatten(2)))
+        return result
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (-1, self.head_width)).transpose(1, 2)  # [B, H, N, D]
+        heads = x.reshape(x.shape[0], x.shape[1], -1, self.head_width)
+        return heads.transpose(1, 2)  # [B, H, N, D]
 
 
 class _SwiGLU(nn.Module):
@@ -87,7 +89,8 @@ class _SwiGLU(nn.Module):
         self.w3 = nn.Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w3(self.ffn_ln(functional.silu(self.w1(x)) * self.w2(x)))
+        result: Tensor = self.w3(self.ffn_ln(functional.silu(self.w1(x)) * self.w2(x)))
+        return result
 
 
 class _Block(nn.Module):
@@ -100,7 +103,8 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x), cosines, sines)
-        return x + self.mlp(self.norm2(x))
+        result: Tensor = x + self.mlp(self.norm2(x))
+        return result
 
 
 class _PatchEmbedding(nn.Module):
@@ -109,11 +113,12 @@ class _PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(3, width, patch, stride=patch)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.proj(image).flatten(2).transpose(1, 2)
+        patches: Tensor = self.proj(image)
+        return patches.flatten(2).transpose(1, 2)
 
 
 class ImageTower(nn.Module):
-    """`face` float [B, 3, S, S], CLIP-normalised -> {"pooled": [B, 768], "hidden_0" .. "hidden_4": [B, N, W]}.
+    """`face` float [B, 3, S, S], CLIP-normalised -> "pooled" [B, 768], "hidden_0" .. "hidden_4" [B, N, W].
 
     The pooled vector is not normalised. Real sizes: S = 336, N = 577, W = 1024.
     """
@@ -165,7 +170,7 @@ def rope_tables(grid: int, head_width: int) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Turn neighbouring channel pairs of x [B, H, N, D] by the angles of tables [N, D]."""
-    pairs = x.unflatten(-1, (-1, 2))
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
     turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
     return x * cosines + turned * sines
 
@@ -199,7 +204,7 @@ def _sizes_from_weights(tensors: dict[str, Tensor], ropes: dict[str, Tensor], pa
     if grid**2 != tokens - 1:
         raise CheckpointError(f"{path}: pos_embed has {tokens} tokens; expected 1 + a square of patches")
     numbers = {int(key.split(".")[1]) for key in tensors if key.startswith("blocks.")}
-    # The published loader makes the rotation tables anew, so a file without them has the published head width.
+    # The published loader makes the rotation tables anew; a file without them has the published head width.
     head_width = shape_of(ropes, "rope.freqs_cos", 2, path)[1] if ropes else _PUBLISHED_HEAD_WIDTH
     if width % head_width or head_width % 4:
         raise CheckpointError(
@@ -234,8 +239,8 @@ def _read_hidden_layers(config: Path, depth: int) -> tuple[int, ...]:
         or sorted(set(layers)) != layers
     ):
         raise CheckpointError(
-            f"hidden layers {layers} do not fit a tower of {depth} blocks; write {HIDDEN_STATES} rising numbers "
-            f'from 1 to {depth} to {config} as {{"hidden_layers": [..]}}'
+            f"hidden layers {layers} do not fit a tower of {depth} blocks; write {HIDDEN_STATES} rising "
+            f'numbers from 1 to {depth} to {config} as {{"hidden_layers": [..]}}'
         )
     return tuple(layers)
 
@@ -247,6 +252,6 @@ def _check_ropes(ropes: dict[str, Tensor], sizes: ImageTowerSizes, path: Path) -
         expected = cosines if key.endswith("cos") else sines
         if table.shape != expected.shape or (table.float() - expected).abs().max() > _ROPE_TOLERANCE:
             raise CheckpointError(
-                f"{path}: {key} is not the published rotation of a {sizes.grid} x {sizes.grid} grid and heads of "
-                f"{sizes.head_width}; this tower was trained with another position scheme"
+                f"{path}: {key} is not the published rotation of a {sizes.grid} x {sizes.grid} grid and "
+                f"heads of {sizes.head_width}; this tower was trained with another position scheme"
             )

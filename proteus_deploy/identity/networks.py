@@ -79,7 +79,7 @@ def face_graphs(checkpoint: Checkpoint) -> list[Graph]:
 
 def image_tokens(checkpoint: Checkpoint) -> int:
     """Tokens of the image tower's hidden states: patches and the class token (577)."""
-    return int(_tower(_folder(checkpoint)).sizes.grid**2 + 1)
+    return int(_tower(_folder(checkpoint)).sizes.grid ** 2 + 1)
 
 
 def face_network(checkpoint: Checkpoint, graph: str) -> Network:

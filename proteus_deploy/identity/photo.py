@@ -39,7 +39,7 @@ def open_photo(
 
     source: a path, the bytes of a file, a PIL image, or an array: uint8 or uint16 [H, W], [H, W, 1] (grey),
         [H, W, 3] (RGB) or [H, W, 4] (RGB and alpha).
-    EXIF orientation is applied, alpha is laid on white, 16-bit values are scaled to 8 bits (v / 257, rounded),
+    EXIF orientation is applied, alpha is laid on white, 16-bit values are scaled to 8 bits (v / 257),
     palette, grey and CMYK become RGB, and of an animation the first frame is taken.
 
     Raises PhotoError, naming the source, when it is absent, a folder, empty, larger than `max_bytes` or
@@ -159,14 +159,14 @@ def _decode(image: PIL.Image.Image, name: str) -> NDArray[np.uint8]:
 
 
 def _rgb_from_wide_grey(image: PIL.Image.Image, name: str) -> NDArray[np.uint8]:
-    """Grey of more than 8 bits. Mode "I" is how some readers hand over 16-bit files, so it must fit 16 bits."""
+    """Grey of more than 8 bits. Some readers hand 16-bit files over as mode "I", so it must fit 16 bits."""
     import numpy as np
 
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise PhotoError(
-            f"{name} has {image.mode} samples from {values.min()} to {values.max()}, which is no known scale of "
-            f"brightness; expected 8 or 16 bits a channel: {_WAY_OUT}"
+            f"{name} has {image.mode} samples from {values.min()} to {values.max()}, which is no known scale "
+            f"of brightness; expected 8 or 16 bits a channel: {_WAY_OUT}"
         )
     grey = _eight_bits(values)
     return np.repeat(grey[:, :, None], 3, axis=2)
@@ -195,8 +195,8 @@ def _rgb_from_array(image: NDArray[np.generic], max_pixels: int) -> NDArray[np.u
         raise PhotoError(f"{name} is not an image; expected [H, W], [H, W, 1], [H, W, 3] (RGB) or [H, W, 4]")
     if image.dtype not in (np.uint8, np.uint16):
         raise PhotoError(
-            f"{name} has an unknown scale; expected uint8 (0..255) or uint16 (0..65535): for floats in 0..1 pass "
-            "(image * 255).round().astype('uint8')"
+            f"{name} has an unknown scale; expected uint8 (0..255) or uint16 (0..65535): for floats in 0..1 "
+            "pass (image * 255).round().astype('uint8')"
         )
     _check_pixels(name, int(image.shape[1]), int(image.shape[0]), max_pixels)
     pixels = image.astype(np.uint8) if image.dtype == np.uint8 else _eight_bits(image)

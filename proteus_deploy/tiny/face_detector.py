@@ -1,13 +1,14 @@
 """A face detector in SCRFD's format, computed by hand: it finds the drawn portraits, and nothing else.
 
-A pixel is skin when six linear conditions on its colour hold. Where a head-shaped region is skin and no part of
-the ring around it is (below the chin anything goes: necks), a face is reported: convolutions of the skin map
-give both shares for heads of several sizes, the largest difference in its neighbourhood wins. The position is
-refined below a cell by a parabola through neighbouring responses, the size by one through neighbouring kernels.
+A pixel is skin when six linear conditions on its colour hold. Where a head-shaped region is skin and no part
+of the ring around it is (below the chin anything goes: necks), a face is reported: convolutions of the skin
+map give both shares for heads of several sizes, the largest difference in its neighbourhood wins. The place
+is refined below a cell by a parabola through neighbouring responses, the size by one through neighbouring
+kernels.
 
-SCRFD's contract: input [1, 3, 640, 640], RGB, (v - 127.5) / 128; nine outputs, for strides 8, 16 and 32: score
-[n, 1], box [n, 4] and landmarks [n, 10], with n = 2 anchors in each cell, as distances in strides from the
-cell's corner. Each stride looks for heads of its own range of sizes.
+SCRFD's contract: input [1, 3, 640, 640], RGB, (v - 127.5) / 128; nine outputs, for strides 8, 16 and 32:
+score [n, 1], box [n, 4] and landmarks [n, 10], with n = 2 anchors in each cell, as distances in strides from
+the cell's corner. Each stride looks for heads of its own range of sizes.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ _SCALE_STEP = 1.15
 _HALF_WIDTHS = {8: (12.0, 30.0), 16: (30.0, 72.0), 32: (72.0, 190.0)}
 # The skin map is made this much finer than the cells.
 _FINER = 4
-# A response of 1 is a perfect head; drawn ones reach 0.75 (eyes and mouth are no skin).
-_LEAST_RESPONSE = 0.45
-_SCORE_SLOPE = 2.0
+# A response of 1 is a perfect head; drawn ones reach 0.8 (eyes and mouth are no skin).
+_LEAST_RESPONSE = 0.62
+# Ears and soft edges let kernels win that are this much too large, in the median of the drawn portraits.
+_OVERSIZE = 1.065
+_SCORE_SLOPE = 1.8
 # Each row: red, green, blue and a constant, on 0..1; skin when all results are positive.
 _SKIN_CONDITIONS = (
     (1.0, 0.0, 0.0, -0.36),
@@ -61,13 +64,17 @@ def tensor_info(name: str, shape: Sequence[int | str]) -> Any:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape))
 
 
-def model_proto(name: str, nodes: list[Any], inputs: list[Any], outputs: list[Any], weights: list[Any]) -> Any:
+def model_proto(
+    name: str, nodes: list[Any], inputs: list[Any], outputs: list[Any], weights: list[Any]
+) -> Any:
     """A checked ONNX model, of a version that every onnxruntime of the last years reads."""
     import onnx
     from onnx import helper
 
     graph = helper.make_graph(nodes, name, inputs, outputs, weights)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], producer_name="proteus_deploy")
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", _OPSET)], producer_name="proteus_deploy"
+    )
     model.ir_version = _IR_VERSION
     onnx.checker.check_model(model)
     return model
@@ -82,7 +89,9 @@ def detector_model() -> Any:
     names = [head[kind] for kind in range(3) for head in heads]
     widths = [width for width in (1, 4, 10) for _ in heads]
     cells = [2 * (_SIDE // stride) ** 2 for _ in range(3) for stride in _HALF_WIDTHS]
-    outputs = [tensor_info(name, [count, width]) for name, count, width in zip(names, cells, widths, strict=True)]
+    outputs = [
+        tensor_info(name, [count, width]) for name, count, width in zip(names, cells, widths, strict=True)
+    ]
     return model_proto(
         "tiny_detector", graph.nodes, [tensor_info("image", [1, 3, _SIDE, _SIDE])], outputs, graph.weights
     )
@@ -137,17 +146,17 @@ def _skin_map(graph: _Graph) -> str:
 
 
 def _head_masks(half_width: float) -> NDArray[np.bool_]:
-    """[6, rows, columns], odd: the inside of a head `half_width` samples wide, then five parts of its ring."""
+    """[6, rows, columns], odd: the inside of a head of this half width, then five parts of its ring."""
     import numpy as np
 
     reach_x, reach_y = int(np.ceil(1.42 * half_width)), int(np.ceil(1.42 * HEAD_ASPECT * half_width))
     y, x = np.mgrid[-reach_y : reach_y + 1, -reach_x : reach_x + 1]
     x, y = x / half_width, y / (HEAD_ASPECT * half_width)
     radius = np.hypot(x, y)
-    ring = (radius > 1.14) & (radius < 1.42)
-    # The upper part belongs to the hair, which may hang deep or not: neither inside nor ring, but at the very top.
-    side, jaw, top = (y > -0.4) & (y < 0.45), (y > 0.45) & (y < 1.1), y < -0.8
-    inside = (radius < 0.95) & (y > -0.35)
+    ring = (radius > 1.03) & (radius < 1.4)
+    # The upper part belongs to the hair, which may hang deep or not: only the very top is ring.
+    side, jaw, top = (y > -0.4) & (y < 0.45) & (np.abs(y - 0.08) > 0.2), (y > 0.45) & (y < 1.1), y < -0.8
+    inside = (radius < 0.99) & (y > -0.35)
     parts = [side & (x < 0), side & (x > 0), jaw & (x < -0.62), jaw & (x > 0.62), top]
     return np.stack([inside, *(ring & part for part in parts)])
 
@@ -180,6 +189,21 @@ def _response(graph: _Graph, pooled: str, masks: NDArray[np.bool_]) -> str:
     inside = graph.add("Slice", shares, graph.integers([0]), graph.integers([1]), graph.integers([1]))
     parts = graph.add("Slice", shares, graph.integers([1]), graph.integers([6]), graph.integers([1]))
     return graph.add("Sub", inside, graph.add("ReduceMax", parts, axes=[1], keepdims=1))
+
+
+def _scores(graph: _Graph, best: str, stride: int) -> str:
+    """[1, 1, cells, cells]: 0.5 and more where a face is, 0 where a neighbour responds better."""
+    import numpy as np
+
+    # A face is the best response among the cells that its head covers.
+    reach = 2 * max(1, round(1.2 * _HALF_WIDTHS[stride][0] / stride)) + 1
+    around = graph.add("MaxPool", best, kernel_shape=[reach, reach], pads=[reach // 2] * 4, strides=[1, 1])
+    peak = graph.add("Cast", graph.add("Equal", best, around), to=1)
+    excess = graph.add("Sub", best, graph.weight(np.array(_LEAST_RESPONSE)))
+    score = graph.add("Mul", excess, graph.weight(np.array(_SCORE_SLOPE)))
+    score = graph.add("Add", score, graph.weight(np.array(0.5)))
+    score = graph.add("Clip", score, graph.weight(np.array(0.0)), graph.weight(np.array(1.0)))
+    return graph.add("Mul", score, peak)
 
 
 def _level(graph: _Graph, skin: str, stride: int) -> tuple[str, str, str]:
@@ -217,7 +241,7 @@ def _level(graph: _Graph, skin: str, stride: int) -> tuple[str, str, str]:
     middle = chosen(every)
 
     def vertex(axis: int) -> str:
-        """Where a parabola through three responses peaks, in steps from the middle one, within half a step."""
+        """Where a parabola through three responses peaks: -0.5..0.5 steps from the middle one."""
         last, following = chosen(shifted(-1, axis)), chosen(shifted(1, axis))
         slope = graph.add("Sub", following, last)
         twice = graph.add("Add", middle, middle)
@@ -228,24 +252,15 @@ def _level(graph: _Graph, skin: str, stride: int) -> tuple[str, str, str]:
         return graph.add("Clip", ratio, graph.weight(np.array(-0.5)), graph.weight(np.array(0.5)))
 
     # Half width of the head in strides: the kernel's, times step ** vertex.
-    logs = chosen(graph.weight(np.log(np.array(sizes) / stride)[None, :, None, None]))
+    logs = chosen(graph.weight(np.log(np.array(sizes) / (_OVERSIZE * stride))[None, :, None, None]))
     grown = graph.add("Mul", vertex(1), graph.weight(np.array(np.log(_SCALE_STEP))))
     half = graph.add("Exp", graph.add("Add", logs, grown))
-    # Middle of the head, in strides from the cell's corner. The sample of a cell stands half a sample off its middle.
+    # Middle of the head, in strides from the cell's corner. The cell's sample stands half a sample off the
+    # middle of the cell.
     rest = graph.weight(np.array(0.5 + 0.5 / _FINER - 0.5 / stride))
     x, y = graph.add("Add", vertex(3), rest), graph.add("Add", vertex(2), rest)
 
-    # A face is the best response among the cells that its head covers.
-    reach = 2 * max(1, round(1.2 * _HALF_WIDTHS[stride][0] / stride)) + 1
-    around = graph.add(
-        "MaxPool", best, kernel_shape=[reach, reach], pads=[reach // 2] * 4, strides=[1, 1]
-    )
-    peak = graph.add("Cast", graph.add("Equal", best, around), to=1)
-    excess = graph.add("Sub", best, graph.weight(np.array(_LEAST_RESPONSE)))
-    score = graph.add("Mul", excess, graph.weight(np.array(_SCORE_SLOPE)))
-    score = graph.add("Add", score, graph.weight(np.array(0.5)))
-    score = graph.add("Clip", score, graph.weight(np.array(0.0)), graph.weight(np.array(1.0)))
-    score = graph.add("Mul", score, peak)
+    score = _scores(graph, best, stride)
 
     def spot(point: tuple[float, float]) -> tuple[str, str]:
         """A place given in head units, in strides from the cell's corner."""

@@ -41,12 +41,14 @@ def write_face_encoder(
 ) -> Path:
     """Write the folder and return it; the same arguments give the same bytes.
 
-    face_dim: length of the recogniser's vector. pooled_dim: length of the tower's. The tower takes an image of
-    tower_grid * tower_patch pixels a side and gives states [1, tower_grid**2 + 1, tower_width].
+    face_dim: length of the recogniser's vector. pooled_dim: length of the tower's. The tower takes an image
+    of tower_grid * tower_patch pixels a side and gives states [1, tower_grid**2 + 1, tower_width].
     Raises InputError when the sizes do not fit together. Needs the packages onnx and torch.
     """
     if tower_depth < _LEAST_DEPTH:
-        raise InputError(f"tower_depth is {tower_depth}; five hidden states need at least {_LEAST_DEPTH} blocks")
+        raise InputError(
+            f"tower_depth is {tower_depth}; five hidden states need at least {_LEAST_DEPTH} blocks"
+        )
     if tower_heads < 1 or tower_width % tower_heads or (tower_width // tower_heads) % 4:
         raise InputError(
             f"tower_width {tower_width} can't be cut into {tower_heads} heads of a multiple of 4 channels"
@@ -94,7 +96,7 @@ def _recogniser_model(seed: int, face_dim: int) -> Any:
         fan_in = int(np.prod(shape[1:]))
         return constant(name, generator.standard_normal(shape) * (2.0 / fan_in) ** 0.5)
 
-    # After strides 4, 2 and 2 the map has 7 x 7 positions of 8 channels; their mean would forget the face's layout.
+    # After strides 4, 2 and 2 the map has 7 x 7 places of 8 channels; their mean would forget the layout.
     flat = 8 * 7 * 7
     linear = generator.standard_normal((face_dim, flat))
     linear -= linear.mean(axis=1, keepdims=True)
@@ -115,15 +117,17 @@ def _recogniser_model(seed: int, face_dim: int) -> Any:
     ]
     side = _RECOGNISER_SIDE
     inputs = [tensor_info("face", ["batch", 3, side, side])]
-    return model_proto("tiny_recogniser", nodes, inputs, [tensor_info("embedding", ["batch", face_dim])], weights)
+    return model_proto(
+        "tiny_recogniser", nodes, inputs, [tensor_info("embedding", ["batch", face_dim])], weights
+    )
 
 
 def _parser_weights(seed: int) -> dict[str, torch.Tensor]:
     """BiSeNet with a sixteenth of the channels, random but for a lean towards the label "skin".
 
     With random weights alone the label, and so the white mask, would be noise over the whole face, and the
-    tower would see hardly anything of it. The head has no bias, so the lean is put on its inputs: they come from
-    a ReLU and are never negative, and the skin label weighs all of them positively.
+    tower would see hardly anything of it. The head has no bias, so the lean is put on its inputs: they come
+    from a ReLU and are never negative, and the skin label weighs all of them positively.
     """
     import torch
 
@@ -131,10 +135,12 @@ def _parser_weights(seed: int) -> dict[str, torch.Tensor]:
 
     sizes = BiSeNetSizes(stages=(4, 8, 16, 32), context=8, fusion=16, gate=4, head=16)
     with torch.device("meta"):
-        shapes = {key: (tuple(value.shape), value.dtype) for key, value in BiSeNet(sizes).state_dict().items()}
+        shapes = {
+            key: (tuple(value.shape), value.dtype) for key, value in BiSeNet(sizes).state_dict().items()
+        }
     tensors = _random_tensors(shapes, seed)
     head = tensors["conv_out.conv_out.weight"]
-    head[_SKIN_LABEL] = head.abs().amax(dim=0) * 0.8
+    head[_SKIN_LABEL] = head.abs().amax(dim=0) * 0.5
     return tensors
 
 

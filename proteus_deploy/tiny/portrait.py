@@ -59,7 +59,13 @@ _CLOTHES: tuple[Colour, ...] = (
     (206, 158, 48),
     (228, 232, 238),
 )
-_BACKGROUNDS: tuple[Colour, ...] = ((190, 209, 224), (200, 216, 204), (212, 206, 224), (176, 196, 204), (216, 219, 221))
+_BACKGROUNDS: tuple[Colour, ...] = (
+    (190, 209, 224),
+    (200, 216, 204),
+    (212, 206, 224),
+    (176, 196, 204),
+    (216, 219, 221),
+)
 
 
 @dataclass(frozen=True)
@@ -106,11 +112,13 @@ def draw_portrait(seed: int, size: int = 512) -> Image.Image:
     """An RGB image of `size` x `size` pixels; the same seed gives the same person, and the same bytes."""
     if size < _SMALLEST:
         raise InputError(f"a portrait of {size} pixels shows nothing; choose at least {_SMALLEST}")
-    return _Painter(_look(seed), size * _SUPERSAMPLING, seed).paint().resize((size, size), Image.Resampling.BOX)
+    return (
+        _Painter(_look(seed), size * _SUPERSAMPLING, seed).paint().resize((size, size), Image.Resampling.BOX)
+    )
 
 
 def portrait_landmarks(seed: int, size: int = 512) -> NDArray[np.float32]:
-    """Where the eyes, nose tip and mouth corners of `draw_portrait(seed, size)` are: float32 [5, 2], pixels."""
+    """Eyes, nose tip and mouth corners of `draw_portrait(seed, size)`: float32 [5, 2], x, y in pixels."""
     import numpy as np
 
     look = _look(seed)
@@ -196,7 +204,12 @@ class _Painter:
         return mask
 
     def _soft(
-        self, outline: Sequence[Point], colour: Colour, strength: float, blur: float, within: Image.Image | None = None
+        self,
+        outline: Sequence[Point],
+        colour: Colour,
+        strength: float,
+        blur: float,
+        within: Image.Image | None = None,
     ) -> None:
         """A soft-edged, half-transparent shape; `blur` in head widths, `within` a mask that bounds it."""
         radius = blur * self.look.half_width * self.size
@@ -218,7 +231,7 @@ class _Painter:
         self.image.paste(colour, box, mask)
 
     def _stroke(self, points: Sequence[Point], colour: Colour, widths: tuple[float, float, float]) -> None:
-        """A line whose half width, in head units of y, runs from the first value over the second to the third."""
+        """A line whose half width, in head units of y, runs over the three values from end to end."""
         line = _curve(points)
         rims: tuple[list[Point], list[Point]] = ([], [])
         for index, (x, y) in enumerate(line):
@@ -248,12 +261,15 @@ class _Painter:
         self._soft(_oval((0, 0.72), (0.72, 0.42)), _shade(look.skin, 0.62), 0.6, 0.1, self._mask(neck))
         bottom = 3.2
         opening = (
-            _curve([(0.62, 1.28), (0.3, 1.55), (0.0, 1.95)]) + _curve([(0.0, 1.95), (-0.3, 1.55), (-0.62, 1.28)])
+            _curve([(0.62, 1.28), (0.3, 1.55), (0.0, 1.95)])
+            + _curve([(0.0, 1.95), (-0.3, 1.55), (-0.62, 1.28)])
             if look.v_neck
             else _curve([(0.6, 1.28), (0.42, 1.62), (-0.42, 1.62), (-0.6, 1.28)])
         )
         if look.v_neck:
-            self._fill([(-0.6, 1.25), (0.6, 1.25), (0.3, 1.7), (0.0, 2.0), (-0.3, 1.7)], _shade(look.skin, 0.92))
+            self._fill(
+                [(-0.6, 1.25), (0.6, 1.25), (0.3, 1.7), (0.0, 2.0), (-0.3, 1.7)], _shade(look.skin, 0.92)
+            )
         left = _curve([(-0.62, 1.28), (-1.25, 1.45), (-2.1, 1.55), (-2.5, bottom)])
         right = _curve([(2.5, bottom), (2.1, 1.55), (1.25, 1.45), (0.62, 1.28)])
         clothes = [*left, *right, *opening]
@@ -297,8 +313,12 @@ class _Painter:
         for side in (-1, 1):
             x, y = 0.42 * side, -0.02
             inner, outer = (x - side * 0.2, y + 0.02), (x + side * 0.22, y - 0.005)
-            upper = _curve([inner, (x - side * 0.08, y - 2 * height), (x + side * 0.12, y - 1.9 * height), outer])
-            lower = _curve([outer, (x + side * 0.1, y + 1.3 * height), (x - side * 0.1, y + 1.3 * height), inner])
+            upper = _curve(
+                [inner, (x - side * 0.08, y - 2 * height), (x + side * 0.12, y - 1.9 * height), outer]
+            )
+            lower = _curve(
+                [outer, (x + side * 0.1, y + 1.3 * height), (x - side * 0.1, y + 1.3 * height), inner]
+            )
             self._soft(_oval((x, y - 0.03), (0.27, 0.13)), _shade(look.skin, 0.72), 0.5, 0.06)
             white = [*upper, *lower]
             self._fill(white, (248, 248, 246))
@@ -321,7 +341,9 @@ class _Painter:
 
     def _nose(self) -> None:
         skin = self.look.skin
-        self._soft(_curve([(0.06, -0.05), (0.16, 0.2), (0.17, 0.34), (0.02, 0.4)]), _shade(skin, 0.74), 0.55, 0.04)
+        self._soft(
+            _curve([(0.06, -0.05), (0.16, 0.2), (0.17, 0.34), (0.02, 0.4)]), _shade(skin, 0.74), 0.55, 0.04
+        )
         self._soft(_oval((-0.03, 0.29), (0.06, 0.08)), _shade(skin, 1.4), 0.5, 0.04)
         self._stroke([(-0.13, 0.375), (0.0, 0.43), (0.13, 0.375)], _shade(skin, 0.66), (0.006, 0.014, 0.006))
         for side in (-1, 1):
@@ -357,6 +379,8 @@ class _Painter:
             self._soft([*strand, *back], _shade(look.hair, 1.14), 0.8, 0.03, within)
         if look.long_hair:
             for side in (-1, 1):
-                lock = _curve([(side * 0.95, -0.3), (side * 1.02, 0.4), (side * 0.9, 0.9), (side * 1.05, 1.6)])
+                lock = _curve(
+                    [(side * 0.95, -0.3), (side * 1.02, 0.4), (side * 0.9, 0.9), (side * 1.05, 1.6)]
+                )
                 rim = _curve([(side * 1.4, 1.6), (side * 1.2, 0.6), (side * 1.25, -0.2), (side * 1.0, -0.5)])
                 self._fill([*lock, *rim], look.hair)

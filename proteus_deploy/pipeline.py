@@ -1,0 +1,315 @@
+"""Request -> video: the chain of stages and the denoising loop.
+
+The same chain runs on every backend. Axes: B videos, 2B rows under guidance (negative prompts first),
+F latent frames, C latent channels, h and w latent pixels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from proteus_deploy.bundle import Bundle
+from proteus_deploy.checkpoint import Checkpoint
+from proteus_deploy.conditioning import Conditioner
+from proteus_deploy.errors import Cancelled, InputError
+from proteus_deploy.guidance import combine_guidance, guidance_scale
+from proteus_deploy.model.config import TransformerConfig
+from proteus_deploy.request import GenerateRequest, request_digest, resolve_request
+from proteus_deploy.runtime import open_bundle_backend
+from proteus_deploy.runtime.backend import Backend, resolve_dtype, short_dtype
+from proteus_deploy.schedulers import Stepper
+from proteus_deploy.stage_table import VAE_SPATIAL, latent_frames
+from proteus_deploy.stage_calls import Stage, stages_of
+from proteus_deploy.vae_decode import Tiling, decode
+from proteus_deploy.video import Video
+
+if TYPE_CHECKING:
+    from proteus_deploy.identity.encoder import IdentityEncoder
+
+__all__ = ["GenerateRequest", "Pipeline", "ProgressEvent", "StepEvent"]
+
+Phase = Literal["identity", "text", "schedule", "denoise", "decode"]
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """After one denoising step: index 0..total-1, its timestep, latents [B, F, C, h, w] and wall seconds."""
+
+    index: int
+    total: int
+    timestep: int
+    latents: Tensor
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """`done` of `total` parts of a phase are finished."""
+
+    phase: Phase
+    done: int
+    total: int
+
+
+class Pipeline:
+    """Stages bound to a backend. Open one with `from_checkpoint` or `from_bundle`; it is a context manager."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        config: TransformerConfig,
+        vae: Mapping[str, Any],
+        scheduler: Mapping[str, Any],
+        tokenizer: Path,
+        face_encoder: Path | None,
+        *,
+        vae_tiling: bool | Tiling = False,
+    ) -> None:
+        self.backend = backend
+        self.config = config
+        self.tiling = Tiling.for_vae(dict(vae)) if vae_tiling is True else (vae_tiling or None)
+        self.stages: Mapping[str, Stage] = stages_of(backend, config, self.tiling)
+        self._vae = vae
+        self._scheduler = scheduler
+        self._conditioner = Conditioner(self.stages, backend, config, vae, tokenizer, face_encoder)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        folder: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        compiled: bool = False,
+        vae_tiling: bool | Tiling = False,
+    ) -> Pipeline:
+        """The PyTorch reference on a checkpoint folder. Weights are read on first use of each stage.
+
+        Raises CheckpointError, BackendError or InputError.
+        """
+        from proteus_deploy.runtime.eager import EagerBackend
+
+        checkpoint = Checkpoint.open(folder)
+        backend = EagerBackend(checkpoint, dtype=resolve_dtype(dtype), device=device, compiled=compiled)
+        return cls(
+            backend,
+            checkpoint.transformer,
+            checkpoint.vae,
+            checkpoint.scheduler,
+            checkpoint.tokenizer,
+            checkpoint.face_encoder,
+            vae_tiling=vae_tiling,
+        )
+
+    @classmethod
+    def from_bundle(
+        cls,
+        folder: str | Path | Bundle,
+        *,
+        backend: str = "onnxruntime",
+        device: str | None = None,
+        vae_tiling: bool | Tiling = False,
+    ) -> Pipeline:
+        """An exported bundle on the named backend: onnxruntime, openvino or tensorrt.
+
+        Raises BundleError or BackendError. No other backend is tried in its place.
+        """
+        bundle = folder if isinstance(folder, Bundle) else Bundle.open(folder)
+        faces = bundle.folder / "face_encoder"
+        return cls(
+            open_bundle_backend(bundle, backend, device=device),
+            bundle.transformer,
+            bundle.config("vae"),
+            bundle.config("scheduler"),
+            bundle.folder / "tokenizer",
+            faces if faces.is_dir() else None,
+            vae_tiling=vae_tiling,
+        )
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release every network."""
+        self.backend.close()
+
+    @property
+    def identity_encoder(self) -> IdentityEncoder:
+        """Photo -> IdentityFeatures and condition image, on this pipeline's stages."""
+        return self._conditioner.identity_encoder
+
+    def generate(
+        self,
+        request: GenerateRequest,
+        *,
+        initial_latents: Tensor | None = None,
+        on_step: Callable[[StepEvent], None] | None = None,
+        on_progress: Callable[[ProgressEvent], None] | None = None,
+        cancel: Event | None = None,
+    ) -> Video:
+        """One video.
+
+        initial_latents: [1, F, C, h, w] noise in place of the seed's own.
+        cancel: looked at between steps and between VAE chunks and tiles.
+        Raises InputError for a bad request, PhotoError for the photo, Cancelled when `cancel` was set.
+        """
+        videos = self.generate_batch(
+            [request],
+            initial_latents=initial_latents,
+            on_step=on_step,
+            on_progress=on_progress,
+            cancel=cancel,
+        )
+        return videos[0]
+
+    @torch.inference_mode()
+    def generate_batch(
+        self,
+        requests: Sequence[GenerateRequest],
+        *,
+        initial_latents: Tensor | None = None,
+        on_step: Callable[[StepEvent], None] | None = None,
+        on_progress: Callable[[ProgressEvent], None] | None = None,
+        cancel: Event | None = None,
+    ) -> list[Video]:
+        """Several videos of one size in one batch, each with its own prompts, photo and seed.
+
+        The requests must agree in size, frames, steps, guidance and scheduler. Each video is the one that
+        `generate` gives for its request, up to rounding. initial_latents: [B, F, C, h, w].
+        """
+        watch = _Watch(on_progress, cancel)
+        resolved = [resolve_request(request, self.config) for request in requests]
+        plan = _common_plan(resolved)
+        self._check_ranges(plan, len(resolved))
+        stepper = Stepper(self._scheduler, plan.scheduler, plan.num_inference_steps)
+        condition = self._conditioner.prepare(resolved, stepper.timesteps, watch)
+        latents = self._initial_latents(resolved, condition.generators, initial_latents)
+        latents = latents * stepper.init_noise_sigma
+        for index, timestep in enumerate(stepper.timesteps.tolist()):
+            watch.check()
+            started = time.perf_counter()
+            rows = torch.cat([latents, latents]) if plan.guided else latents
+            velocity = self.stages["denoiser"](
+                latents=torch.cat((stepper.scale_input(rows, index), condition.image), dim=2),
+                text=condition.text,
+                timestep=torch.full((rows.shape[0],), timestep, device=rows.device),
+                face_tokens=condition.face_tokens(index),
+                identity_gate=condition.gate,
+            )["velocity"].float()
+            if plan.guided:
+                velocity = combine_guidance(velocity, guidance_scale(plan, index, timestep))
+            latents = stepper.step(velocity, index, latents, condition.generators).to(self.backend.dtype)
+            seconds = time.perf_counter() - started
+            if on_step is not None:
+                on_step(StepEvent(index, len(stepper.timesteps), timestep, latents, seconds))
+            watch("denoise", index + 1, len(stepper.timesteps))
+        return [self._finish(one, row, watch) for one, row in zip(resolved, latents, strict=True)]
+
+    def _finish(self, request: GenerateRequest, latents: Tensor, watch: _Watch) -> Video:
+        frames = self._decode(latents, request, watch)
+        metadata = {"request": request_digest(request), "seed": request.seed, "backend": self.backend.name}
+        metadata["dtype"] = short_dtype(self.backend.dtype)
+        return Video(frames, request.fps, metadata)
+
+    def _decode(self, latents: Tensor, request: GenerateRequest, watch: _Watch) -> Tensor:
+        """[F, C, h, w] -> frames [1, F', 3, H, W] float32 in [0, 1]."""
+        step = self.config.backbone.temporal_compression_ratio
+        padding = latents.shape[0] - ((request.num_frames or 0) - 1) // step - 1
+        # Frames that only pad to a whole temporal patch (CogVideoX 1.5) stand in front.
+        kept = latents[padding:].transpose(0, 1)[None] / self._vae["scaling_factor"]
+        watch.check()
+        frames = decode(
+            self.backend, kept, tiling=self.tiling, on_part=lambda done, total: watch("decode", done, total)
+        )
+        return (frames / 2 + 0.5).clamp(0, 1).transpose(1, 2).contiguous()
+
+    def _initial_latents(
+        self, requests: Sequence[GenerateRequest], generators: list[torch.Generator], given: Tensor | None
+    ) -> Tensor:
+        from diffusers.utils.torch_utils import randn_tensor
+
+        plan, backbone = requests[0], self.config.backbone
+        shape = (
+            len(requests),
+            latent_frames(plan.num_frames or 0, backbone),
+            backbone.latent_channels,
+            (plan.height or 0) // VAE_SPATIAL,
+            (plan.width or 0) // VAE_SPATIAL,
+        )
+        if given is None:
+            one_or_all = generators[0] if len(generators) == 1 else generators
+            return randn_tensor(
+                shape, generator=one_or_all, device=self.backend.device, dtype=self.backend.dtype
+            )  # type: ignore[no-any-return]
+        if tuple(given.shape) != shape:
+            raise InputError(
+                f"initial_latents have shape {list(given.shape)}; this request needs {list(shape)}"
+            )
+        return given.to(self.backend.device, self.backend.dtype)
+
+    def _check_ranges(self, plan: GenerateRequest, videos: int) -> None:
+        if not self.backend.checks_ranges:
+            return
+        backbone = self.config.backbone
+        pixels = VAE_SPATIAL * backbone.patch_size
+        self.backend.table.check(
+            {
+                "B": videos * (2 if plan.guided else 1),
+                "f": latent_frames(plan.num_frames or 0, backbone) // (backbone.patch_size_t or 1),
+                "y": (plan.height or 0) // pixels,
+                "x": (plan.width or 0) // pixels,
+                "L": plan.max_sequence_length or 0,
+            }
+        )
+
+
+class _Watch:
+    """Reports progress and raises Cancelled at the next boundary after `cancel` was set."""
+
+    def __init__(self, report: Callable[[ProgressEvent], None] | None, cancel: Event | None) -> None:
+        self._report = report
+        self._cancel = cancel
+
+    def check(self) -> None:
+        if self._cancel is not None and self._cancel.is_set():
+            raise Cancelled("cancelled by the caller")
+
+    def __call__(self, phase: Phase, done: int, total: int) -> None:
+        if self._report is not None:
+            self._report(ProgressEvent(phase, done, total))
+        if done < total:
+            self.check()
+
+
+def _common_plan(requests: Sequence[GenerateRequest]) -> GenerateRequest:
+    """The first request, after checking that all agree in what a batch shares."""
+    if not requests:
+        raise InputError("no requests were given; pass at least one")
+    shared = (
+        "height",
+        "width",
+        "num_frames",
+        "num_inference_steps",
+        "guidance_scale",
+        "use_dynamic_cfg",
+        "dynamic_cfg",
+        "scheduler",
+        "max_sequence_length",
+        "identity_scale",
+    )
+    for name in shared:
+        values = {getattr(request, name) for request in requests}
+        if len(values) > 1:
+            raise InputError(f"requests in one batch must agree in {name}; found {sorted(map(str, values))}")
+    return requests[0]

@@ -1,0 +1,204 @@
+"""What a caller asks for, and its validation against a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from proteus_deploy.errors import InputError
+from proteus_deploy.model.config import TransformerConfig
+from proteus_deploy.stage_table import VAE_SPATIAL, fixed_size, sample_size
+
+if TYPE_CHECKING:
+    import numpy as np
+    import PIL.Image
+    from numpy.typing import NDArray
+
+    from proteus_deploy.identity.features import IdentityFeatures
+
+    Photo = str | Path | bytes | PIL.Image.Image | NDArray[np.generic]
+
+Scheduler = Literal["dpm", "ddim"]
+DynamicGuidance = Literal["published", "corrected"]
+
+_MAX_PROMPT_CHARACTERS = 20_000
+_MAX_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One video. Sizes are in pixels; None takes the checkpoint's own value.
+
+    photo: the reference photo; or, in its place, both of identity and condition_image.
+    guidance_scale: 1 or less switches guidance off (and halves the work).
+    use_dynamic_cfg with dynamic_cfg "published": the guidance scale follows the timestep, as in the
+    authors' code; "corrected": it follows the step index, as CogVideoX's paper code meant it.
+    seed: None draws one and records it; 0 is a seed like any other.
+    scheduler: None takes the checkpoint's.
+    """
+
+    prompt: str
+    identity_prompt: str = ""
+    negative_prompt: str | None = None
+    photo: Photo | None = None
+    face_index: int | None = None
+    identity: IdentityFeatures | None = None
+    condition_image: Photo | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    fps: float = 8
+    num_inference_steps: int = 50
+    guidance_scale: float = 6.0
+    use_dynamic_cfg: bool = False
+    dynamic_cfg: DynamicGuidance = "published"
+    seed: int | None = 42
+    scheduler: Scheduler | None = None
+    max_sequence_length: int | None = None
+    max_identity_length: int | None = None
+    identity_scale: float | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale > 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able facts of the request: everything but the images and tensors themselves."""
+        document = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_JSON}
+        document["photo"] = str(self.photo) if isinstance(self.photo, str | Path) else None
+        return document
+
+
+_NOT_JSON = {"photo", "identity", "condition_image", "metadata"}
+
+
+def resolve_request(request: GenerateRequest, config: TransformerConfig) -> GenerateRequest:
+    """Fill the None fields from the checkpoint and check every value.
+
+    Raises InputError naming the field, its value, the rule and what would do.
+    """
+    backbone = config.backbone
+    _, rows, columns = sample_size(backbone)
+    queries = config.fusion.queries if config.fusion else 1
+    filled = replace(
+        request,
+        height=_default(request.height, rows * VAE_SPATIAL),
+        width=_default(request.width, columns * VAE_SPATIAL),
+        num_frames=_default(request.num_frames, backbone.sample_frames),
+        max_sequence_length=_default(request.max_sequence_length, backbone.max_text_seq_length),
+        max_identity_length=_default(request.max_identity_length, queries),
+        identity_scale=_default(request.identity_scale, config.identity_attention.scale),
+        seed=_fresh_seed() if request.seed is None else request.seed,
+    )
+    _check_source(filled)
+    _check_text(filled, config)
+    _check_numbers(filled)
+    _check_size(filled, config)
+    return filled
+
+
+def _default(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _fresh_seed() -> int:
+    import secrets
+
+    return secrets.randbits(31)
+
+
+def _check_source(request: GenerateRequest) -> None:
+    if request.photo is not None:
+        if request.identity is not None or request.condition_image is not None:
+            raise InputError("photo and identity/condition_image were both given; pass one or the other")
+        return
+    if request.identity is None or request.condition_image is None:
+        given = "only identity" if request.identity is not None else "only condition_image"
+        found = given if request.identity is not None or request.condition_image is not None else "neither"
+        raise InputError(f"a request needs photo, or both identity and condition_image; {found} was given")
+    if request.face_index is not None:
+        raise InputError("face_index chooses a face in photo; it has no meaning with ready identity features")
+
+
+def _check_text(request: GenerateRequest, config: TransformerConfig) -> None:
+    if not request.prompt.strip():
+        raise InputError("prompt is empty; describe the video, for instance what the person does and where")
+    for name in ("prompt", "identity_prompt", "negative_prompt"):
+        value = getattr(request, name) or ""
+        if len(value) > _MAX_PROMPT_CHARACTERS:
+            raise InputError(f"{name} has {len(value)} characters; at most {_MAX_PROMPT_CHARACTERS} are read")
+    longest = config.backbone.max_text_seq_length
+    shortest = (config.fusion.queries if config.fusion else 0) + 1
+    if not shortest <= request.max_sequence_length <= longest:  # type: ignore[operator]
+        raise InputError(
+            f"max_sequence_length is {request.max_sequence_length}; this checkpoint takes {shortest} to {longest}"
+        )
+    if fixed_size(config.backbone) and request.max_sequence_length != longest:
+        raise InputError(
+            f"max_sequence_length is {request.max_sequence_length}; this checkpoint's position table needs {longest}"
+        )
+    if config.fusion and not 1 <= request.max_identity_length <= config.fusion.queries:  # type: ignore[operator]
+        raise InputError(
+            f"max_identity_length is {request.max_identity_length}; this checkpoint takes 1 to {config.fusion.queries}"
+        )
+
+
+def _check_numbers(request: GenerateRequest) -> None:
+    import math
+
+    checks = (
+        ("num_inference_steps", 1 <= request.num_inference_steps <= _MAX_STEPS, f"1 to {_MAX_STEPS}"),
+        (
+            "guidance_scale",
+            math.isfinite(request.guidance_scale),
+            "a finite number; 1 or less switches guidance off",
+        ),
+        ("identity_scale", math.isfinite(request.identity_scale or 0.0), "a finite number"),
+        ("fps", math.isfinite(request.fps) and 0 < request.fps <= 1000, "above 0 and at most 1000"),
+        ("seed", 0 <= (request.seed or 0) < 2**63, "0 to 2^63 - 1, or None"),
+        ("scheduler", request.scheduler in (None, "dpm", "ddim"), "'dpm', 'ddim' or None"),
+        ("dynamic_cfg", request.dynamic_cfg in ("published", "corrected"), "'published' or 'corrected'"),
+    )
+    for name, holds, rule in checks:
+        if not holds:
+            raise InputError(f"{name} is {getattr(request, name)!r}; it must be {rule}")
+
+
+def _check_size(request: GenerateRequest, config: TransformerConfig) -> None:
+    backbone = config.backbone
+    multiple = VAE_SPATIAL * backbone.patch_size
+    for name in ("height", "width"):
+        value = getattr(request, name)
+        if value < 2 * multiple or value % multiple:
+            near = max(2 * multiple, round(value / multiple) * multiple)
+            raise InputError(
+                f"{name} is {value}; it must be a multiple of {multiple}, at least {2 * multiple}: try {near}"
+            )
+    step = backbone.temporal_compression_ratio
+    frames = request.num_frames
+    if frames < step + 1 or (frames - 1) % step:  # type: ignore[operator]
+        near = max(step + 1, round((frames - 1) / step) * step + 1)  # type: ignore[operator]
+        raise InputError(
+            f"num_frames is {frames}; the causal VAE makes 1 + {step}k frames, k >= 1: try {near}"
+        )
+    if fixed_size(backbone):
+        made_for = (
+            backbone.sample_frames,
+            backbone.sample_height * VAE_SPATIAL,
+            backbone.sample_width * VAE_SPATIAL,
+        )
+        asked = (request.num_frames, request.height, request.width)
+        if asked != made_for:
+            raise InputError(
+                f"num_frames, height, width are {asked}; this checkpoint has a position table for {made_for} only"
+            )
+
+
+def request_digest(request: GenerateRequest) -> dict[str, Any]:
+    """What goes into a video's metadata."""
+    return {**request.to_json(), **request.metadata}
+
+
+__all__ = ["GenerateRequest", "request_digest", "resolve_request"]

@@ -1,0 +1,78 @@
+"""PyTorch backends: the eager reference and the compiled one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from proteus_deploy.errors import BackendError
+from proteus_deploy.model.networks import NetworkFactory
+from proteus_deploy.runtime.backend import bind_sizes
+from proteus_deploy.stage_table import ExportRanges, build_stage_table
+from proteus_deploy.stages import Graph, StageTable
+
+if TYPE_CHECKING:
+    from proteus_deploy.checkpoint import Checkpoint
+
+# The reference has no largest batch; the table only needs a range that makes identities batched.
+_UNLIMITED_VIDEOS = 64
+
+
+class EagerBackend:
+    """Networks of a checkpoint in PyTorch. With `compiled`, each goes through torch.compile (inductor)."""
+
+    checks_ranges = False
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        compiled: bool = False,
+        folded: bool = False,
+    ) -> None:
+        """Raises BackendError when the device isn't here. Weights are read on first use of each network."""
+        self.name = "compiled" if compiled else "eager"
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise BackendError(
+                f"device {device!r} was asked for, but PyTorch sees no CUDA device; use device='cpu'"
+            )
+        self.dtype = dtype
+        self.table: StageTable = build_stage_table(checkpoint, ExportRanges(max_videos=_UNLIMITED_VIDEOS))
+        self._factory = NetworkFactory(checkpoint, folded=folded)
+        self._compiled = compiled
+        self._runners: dict[str, EagerGraph] = {}
+
+    def runner(self, graph: str) -> EagerGraph:
+        if graph not in self._runners:
+            contract = self.table.graph(graph)
+            module = self._factory(graph).materialise(self.dtype, self.device)
+            self._runners[graph] = EagerGraph(contract, module, compiled=self._compiled)
+        return self._runners[graph]
+
+    def release(self, graph: str) -> None:
+        self._runners.pop(graph, None)
+
+    def close(self) -> None:
+        self._runners.clear()
+
+
+class EagerGraph:
+    """One network behind the contract of its graph."""
+
+    def __init__(self, graph: Graph, module: nn.Module, *, compiled: bool = False) -> None:
+        self.graph = graph
+        self.module = module
+        self._call = torch.compile(module) if compiled else module
+
+    @torch.inference_mode()
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Raises InputError when names or shapes break the contract."""
+        bind_sizes(self.graph, inputs, broadcast=True)
+        outputs = self._call(*(inputs[spec.name] for spec in self.graph.inputs))
+        values = outputs if isinstance(outputs, tuple) else (outputs,)
+        return {spec.name: value for spec, value in zip(self.graph.outputs, values, strict=True)}

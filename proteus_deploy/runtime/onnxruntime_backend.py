@@ -1,0 +1,85 @@
+"""ONNX Runtime backend: a bundle's graphs on the CPU or a CUDA provider."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from proteus_deploy.errors import BackendError
+from proteus_deploy.runtime.backend import bind_sizes, resolve_dtype
+from proteus_deploy.stages import Graph
+
+if TYPE_CHECKING:
+    from proteus_deploy.bundle import Bundle
+
+
+class OnnxRuntimeBackend:
+    name = "onnxruntime"
+    checks_ranges = True
+
+    def __init__(self, bundle: Bundle, *, device: str = "cpu", threads: int | None = None) -> None:
+        """threads: intra-op threads; None leaves the choice to ONNX Runtime.
+
+        Raises BackendError when the package or provider is absent, or for a bf16 bundle on the CPU.
+        """
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise BackendError('onnxruntime is not installed; pip install "proteus-deploy[onnx]"') from error
+        self.provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device, device)
+        available = onnxruntime.get_available_providers()
+        if self.provider not in available:
+            raise BackendError(f"ONNX Runtime has no {self.provider} here; it has {', '.join(available)}")
+        if bundle.dtype == "bf16" and self.provider == "CPUExecutionProvider":
+            raise BackendError(
+                "ONNX Runtime's CPU provider has no bfloat16 kernels; run this bundle with --backend openvino, "
+                "or export it with --dtype fp32"
+            )
+        self.device = torch.device("cpu")  # ONNX Runtime moves tensors to its provider by itself
+        self.dtype = resolve_dtype(bundle.dtype)
+        self.table = bundle.table
+        self._bundle = bundle
+        self._threads = threads
+        self._runners: dict[str, OnnxRuntimeGraph] = {}
+
+    def runner(self, graph: str) -> OnnxRuntimeGraph:
+        if graph not in self._runners:
+            session = open_session(self._bundle.onnx_file(graph), self.provider, self._threads)
+            self._runners[graph] = OnnxRuntimeGraph(self.table.graph(graph), session)
+        return self._runners[graph]
+
+    def release(self, graph: str) -> None:
+        self._runners.pop(graph, None)
+
+    def close(self) -> None:
+        self._runners.clear()
+
+
+def open_session(file: Any, provider: str = "CPUExecutionProvider", threads: int | None = None) -> Any:
+    """An InferenceSession over an ONNX file. Raises BackendError with ONNX Runtime's reason."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(str(file), options, providers=[provider])
+    except Exception as error:  # ONNX Runtime raises its own types, which have no common public base
+        raise BackendError(f"ONNX Runtime can't load {file}: {error}") from error
+
+
+class OnnxRuntimeGraph:
+    def __init__(self, graph: Graph, session: Any) -> None:
+        self.graph = graph
+        self._session = session
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Raises InputError when names or shapes break the contract."""
+        bind_sizes(self.graph, inputs)
+        feeds = {name: value.detach().contiguous().cpu().numpy() for name, value in inputs.items()}
+        names = [spec.name for spec in self.graph.outputs]
+        outputs = self._session.run(names, feeds)
+        return {name: torch.from_numpy(value) for name, value in zip(names, outputs, strict=True)}

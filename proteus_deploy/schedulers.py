@@ -1,0 +1,56 @@
+"""diffusers' CogVideoX schedulers behind one step function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from proteus_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+_CLASSES = {"dpm": "CogVideoXDPMScheduler", "ddim": "CogVideoXDDIMScheduler"}
+
+
+class Stepper:
+    """A schedule of timesteps and the update from one to the next.
+
+    Holds what DPM-Solver++ remembers between steps; make a new one for every video.
+    """
+
+    def __init__(self, config: Mapping[str, Any], name: str | None, steps: int) -> None:
+        """config: scheduler_config.json; name: "dpm", "ddim" or None for the config's own class."""
+        import diffusers
+
+        class_name = _CLASSES[name] if name is not None else config["_class_name"]
+        if steps > config["num_train_timesteps"]:
+            raise InputError(
+                f"num_inference_steps is {steps}; the schedule has {config['num_train_timesteps']} timesteps"
+            )
+        self._scheduler = getattr(diffusers, class_name).from_config(dict(config))
+        self._scheduler.set_timesteps(steps)
+        self._remembers = class_name == _CLASSES["dpm"]
+        self._previous: Tensor | None = None
+        self.timesteps: Tensor = self._scheduler.timesteps.cpu()
+
+    @property
+    def init_noise_sigma(self) -> float:
+        return float(self._scheduler.init_noise_sigma)
+
+    def scale_input(self, latents: Tensor, index: int) -> Tensor:
+        return self._scheduler.scale_model_input(latents, self.timesteps[index])  # type: ignore[no-any-return]
+
+    def step(self, velocity: Tensor, index: int, latents: Tensor, generators: list[Generator]) -> Tensor:
+        """latents after step `index`. Random numbers come from `generators`, one per video."""
+        timestep = self.timesteps[index]
+        generator = generators[0] if len(generators) == 1 else generators
+        if not self._remembers:
+            return self._scheduler.step(velocity, timestep, latents, generator=generator, return_dict=False)[
+                0
+            ]  # type: ignore[no-any-return]
+        before = self.timesteps[index - 1] if index else None
+        latents, self._previous = self._scheduler.step(
+            velocity, self._previous, timestep, before, latents, generator=generator, return_dict=False
+        )
+        return latents

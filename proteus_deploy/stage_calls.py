@@ -1,0 +1,120 @@
+"""Stages as callables: the named inputs of the contract, with the derivable ones filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from proteus_deploy.errors import InputError
+from proteus_deploy.model.config import TransformerConfig
+from proteus_deploy.model.transformer import rotary_tables
+from proteus_deploy.vae_decode import Tiling, decode
+
+if TYPE_CHECKING:
+    from proteus_deploy.runtime.backend import Backend
+
+
+class Stage:
+    """One stage on a backend: `stage(**named_inputs) -> named outputs`. See the graph's contract for shapes."""
+
+    def __init__(self, name: str, backend: Backend) -> None:
+        self.name = name
+        self.backend = backend
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the inputs."""
+        return tuple(spec.name for spec in self.backend.table.graph(self.name).inputs)
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Floating point inputs are cast to the stage's precision and moved to its device.
+
+        Raises InputError when names or shapes break the contract.
+        """
+        graph = self.backend.table.graph(self.name)
+        return self.backend.runner(self.name)(**_cast(graph_dtypes(graph), inputs, self.backend))
+
+
+class DenoiserStage(Stage):
+    """latents, text, timestep, face_tokens -> velocity.
+
+    The gate (default: the checkpoint's `local_face_scale`) and the rotary tables (from the latents'
+    shape) are filled in when they are not passed.
+    """
+
+    def __init__(self, backend: Backend, config: TransformerConfig) -> None:
+        super().__init__("denoiser", backend)
+        self._config = config
+        self._tables: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        inputs = dict(inputs)
+        inputs.setdefault("identity_gate", torch.tensor([self._config.identity_attention.scale]))
+        if "rotary_cos" in self.inputs and "rotary_cos" not in inputs:
+            if "latents" not in inputs or inputs["latents"].ndim != 5:
+                raise InputError("denoiser: latents [B, F, C, h, w] are needed to make the rotary tables")
+            inputs["rotary_cos"], inputs["rotary_sin"] = self._rotary(inputs["latents"])
+        if (
+            "face_tokens" in inputs
+            and self.backend.table.graph("denoiser").input("face_tokens").axes[0] == "B"
+        ):
+            tokens = inputs["face_tokens"]
+            if tokens.shape[0] == 1:
+                inputs["face_tokens"] = tokens.expand(inputs["latents"].shape[0], -1, -1)
+        return super().__call__(**inputs)
+
+    def _rotary(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        backbone = self._config.backbone
+        _, frames, _, height, width = latents.shape
+        grid = (
+            frames // (backbone.patch_size_t or 1),
+            height // backbone.patch_size,
+            width // backbone.patch_size,
+        )
+        if grid not in self._tables:
+            cos, sin = rotary_tables(backbone, *grid)
+            self._tables[grid] = cos.to(self.backend.device), sin.to(self.backend.device)
+        return self._tables[grid]
+
+
+class VaeDecoderStage(Stage):
+    """latents [1, C, F, h, w], divided by the scaling factor -> frames [1, 3, F', 8h, 8w]."""
+
+    def __init__(self, backend: Backend, tiling: Tiling | None) -> None:
+        super().__init__("vae_decoder", backend)
+        self.tiling = tiling
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ("latents",)
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        if set(inputs) != {"latents"}:
+            raise InputError(f"vae_decoder takes 'latents'; got {', '.join(map(repr, sorted(inputs)))}")
+        latents = inputs["latents"].to(self.backend.device, self.backend.dtype)
+        return {"frames": decode(self.backend, latents, tiling=self.tiling)}
+
+
+def stages_of(backend: Backend, config: TransformerConfig, tiling: Tiling | None) -> dict[str, Stage]:
+    """Every stage of the backend's table, by name."""
+    special: Mapping[str, Stage] = {
+        "denoiser": DenoiserStage(backend, config),
+        "vae_decoder": VaeDecoderStage(backend, tiling),
+    }
+    return {name: special.get(name) or Stage(name, backend) for name in backend.table.stages}
+
+
+def graph_dtypes(graph: object) -> dict[str, str]:
+    """{input: "float" | "float32" | "int64"}."""
+    return {spec.name: spec.dtype for spec in graph.inputs}  # type: ignore[attr-defined]
+
+
+def _cast(dtypes: Mapping[str, str], inputs: Mapping[str, Tensor], backend: Backend) -> dict[str, Tensor]:
+    targets = {"float": backend.dtype, "float32": torch.float32, "int64": torch.int64}
+    return {
+        name: value.to(backend.device, targets[dtypes[name]]) if name in dtypes else value
+        for name, value in inputs.items()
+    }

@@ -1,0 +1,45 @@
+"""Prompts -> T5 token ids, as published: padded to a fixed length, cut where they are longer."""
+
+from __future__ import annotations
+
+import logging
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from proteus_deploy.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_log = logging.getLogger(__name__)
+
+
+class Tokenizer:
+    """The checkpoint's SentencePiece tokenizer; read on first use."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import T5Tokenizer
+
+        if not (self._folder / "spiece.model").is_file() and not (self._folder / "tokenizer.json").is_file():
+            raise CheckpointError(f"{self._folder} has neither spiece.model nor tokenizer.json")
+        return T5Tokenizer.from_pretrained(str(self._folder), local_files_only=True)
+
+    def __call__(self, text: str, length: int) -> tuple[Tensor, Tensor]:
+        """Token ids and mask, both int64 [1, length]. A longer text is cut, which is logged once per call."""
+        encoded = self._tokenizer(
+            [text],
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            add_special_tokens=True,
+            return_tensors="pt",
+        )
+        whole = len(self._tokenizer(text, add_special_tokens=True).input_ids)
+        if whole > length:
+            _log.warning("a text of %d tokens was cut to %d: %.60s…", whole, length, text)
+        return encoded.input_ids, encoded.attention_mask
