@@ -5,7 +5,7 @@ name is on sys.path (as it is for `python` started in a clone), so a plain refus
 """
 
 if __name__ != "proteus_deploy.kernels":
-    __path__: list[str] = []  # no submodule can be found under the bare name
+    globals()["__path__"] = []  # no submodule can be found under the bare name
 
     def __getattr__(name: str) -> object:
         if name.startswith("__"):

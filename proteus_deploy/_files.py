@@ -48,15 +48,20 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`; on success it becomes `path`.
 
-    Raises InputError when `path` already exists and is not an empty folder.
+    With `replace`, a folder that is already there is moved away by a rename once the new one is whole.
+    What killed processes left of earlier attempts at the same folder is removed.
+    Raises InputError when `path` already exists, is not an empty folder, and `replace` is not set.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if occupied and (not replace or not path.is_dir()):
         raise InputError(f"{path} already exists and is not empty; choose another folder or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY_MARK}{path.name}-", dir=path.parent))
+    _remove_abandoned(path)
+    prefix = f"{_TEMPORARY_MARK}{path.name}-{os.getpid()}-"
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
     try:
         yield temporary
         for file in sorted(temporary.rglob("*")):
@@ -64,13 +69,36 @@ def atomic_directory(path: Path) -> Iterator[Path]:
                 with file.open("rb+") as stream:
                     os.fsync(stream.fileno())
         temporary.chmod(0o755)
-        if path.is_dir():
-            path.rmdir()
-        os.replace(temporary, path)
+        if occupied:
+            old = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
+            os.replace(path, old)
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
         _sync_directory(path.parent)
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove temporary folders of `path` whose process is gone."""
+    prefix = f"{_TEMPORARY_MARK}{path.name}-"
+    for folder in path.parent.glob(f"{prefix}*"):
+        owner = folder.name.removeprefix(prefix).split("-")[0]
+        if folder.is_dir() and owner.isdigit() and not _is_running(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -1,6 +1,6 @@
 """A checkpoint folder in the published layout: read, validated, hashed.
 
-    model_index.json    transformer/   vae/   text_encoder/   tokenizer/   scheduler/   face_encoder/ (optional)
+    model_index.json  transformer/  vae/  text_encoder/  tokenizer/  scheduler/  face_encoder/ (optional)
 
 ConsisID folders saved by diffusers have the same layout with another transformer class.
 """
@@ -75,7 +75,7 @@ class Checkpoint:
                 )
 
     def weights(self, component: str) -> SafetensorsFolder:
-        """The safetensors of `transformer`, `vae` or `text_encoder`. Raises CheckpointError (see SafetensorsFolder)."""
+        """The safetensors of `transformer`, `vae` or `text_encoder`; raises as SafetensorsFolder does."""
         return SafetensorsFolder(self.folder / component)
 
     @property
@@ -101,11 +101,13 @@ class Checkpoint:
 
     @cached_property
     def hash(self) -> str:
-        """sha256 over every file's relative name and content hash, in name order."""
+        """sha256 over every file's relative name and content hash, in name order; hidden ones left out."""
         digest = hashlib.sha256()
         for file in sorted(self.folder.rglob("*")):
-            if file.is_file() and not file.name.startswith("."):
-                digest.update(f"{file.relative_to(self.folder).as_posix()}\0{sha256_of(file)}\n".encode())
+            name = file.relative_to(self.folder)
+            # A download leaves time stamps in .cache, which are no part of the checkpoint.
+            if file.is_file() and not any(part.startswith(".") for part in name.parts):
+                digest.update(f"{name.as_posix()}\0{sha256_of(file)}\n".encode())
         if self.random_weights_seed is not None:
             digest.update(f"random weights {self.random_weights_seed}\n".encode())
         return digest.hexdigest()

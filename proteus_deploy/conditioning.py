@@ -122,12 +122,14 @@ class Conditioner:
     def _identity(self, request: GenerateRequest) -> tuple[IdentityFeatures, Any]:
         if request.photo is not None:
             return self.identity_encoder.encode(request.photo, face_index=request.face_index)
-        assert request.identity is not None  # resolve_request checked it
+        if request.identity is None:
+            raise InputError("a request needs photo, or both identity and condition_image")
         found = request.identity.id_cond.shape[-1], request.identity.id_vit_hidden[0].shape[-1]
         expected = self._config.identity_dim, self._config.image_dim
         if found != expected:
             raise InputError(
-                f"identity features are {found} wide (id_cond, id_vit_hidden); this checkpoint takes {expected}"
+                f"identity features are {found} wide (id_cond, id_vit_hidden); "
+                f"this checkpoint takes {expected}"
             )
         if request.identity.id_cond.shape[0] != 1:
             raise InputError("a request holds one identity; use generate_batch for several")
@@ -136,14 +138,14 @@ class Conditioner:
     def _image_latents(
         self, request: GenerateRequest, identity: IdentityFeatures, image: Any, generator: torch.Generator
     ) -> Tensor:
-        """[1, F, C, h, w]: the condition image's latent at frame 0, the keypoints' at frame 1, zeros after."""
+        """[1, F, C, h, w]: the condition image's latent in frame 0, the keypoints' in frame 1, then zeros."""
         frames = latent_frames(request.num_frames or 0, self._config.backbone)
         latents = [self._encode_image(image, request, generator)]
         if self._config.is_kps and identity.keypoints is not None:
             from proteus_deploy.identity.alignment import draw_keypoints
 
             height, width = image.shape[:2]
-            drawn = draw_keypoints((width, height), identity.keypoints.numpy())
+            drawn = draw_keypoints((height, width), identity.keypoints.float().cpu().reshape(5, 2).numpy())
             latents.append(self._encode_image(drawn, request, generator))
         first = torch.cat(latents, dim=1)
         padding = first.new_zeros(1, frames - first.shape[1], *first.shape[2:])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ from proteus_deploy.request import GenerateRequest, request_digest, resolve_requ
 from proteus_deploy.runtime import open_bundle_backend
 from proteus_deploy.runtime.backend import Backend, resolve_dtype, short_dtype
 from proteus_deploy.schedulers import Stepper
-from proteus_deploy.stage_table import VAE_SPATIAL, latent_frames
 from proteus_deploy.stage_calls import Stage, stages_of
+from proteus_deploy.stage_table import VAE_SPATIAL, latent_frames
 from proteus_deploy.vae_decode import Tiling, decode
 from proteus_deploy.video import Video
 
@@ -60,7 +60,7 @@ class ProgressEvent:
 
 
 class Pipeline:
-    """Stages bound to a backend. Open one with `from_checkpoint` or `from_bundle`; it is a context manager."""
+    """Stages bound to a backend; a context manager. Opened with `from_checkpoint` or `from_bundle`."""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class Pipeline:
             vae_tiling=vae_tiling,
         )
 
-    def __enter__(self) -> Pipeline:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -249,9 +249,9 @@ class Pipeline:
         )
         if given is None:
             one_or_all = generators[0] if len(generators) == 1 else generators
-            return randn_tensor(
-                shape, generator=one_or_all, device=self.backend.device, dtype=self.backend.dtype
-            )  # type: ignore[no-any-return]
+            device, dtype = self.backend.device, self.backend.dtype
+            noise: Tensor = randn_tensor(shape, generator=one_or_all, device=device, dtype=dtype)
+            return noise
         if tuple(given.shape) != shape:
             raise InputError(
                 f"initial_latents have shape {list(given.shape)}; this request needs {list(shape)}"

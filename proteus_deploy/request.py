@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -92,6 +93,7 @@ def resolve_request(request: GenerateRequest, config: TransformerConfig) -> Gene
         identity_scale=_default(request.identity_scale, config.identity_attention.scale),
         seed=_fresh_seed() if request.seed is None else request.seed,
     )
+    _check_types(filled)
     _check_source(filled)
     _check_text(filled, config)
     _check_numbers(filled)
@@ -107,6 +109,37 @@ def _fresh_seed() -> int:
     import secrets
 
     return secrets.randbits(31)
+
+
+_TYPES: tuple[tuple[type, str, tuple[str, ...]], ...] = (
+    (str, "text", ("prompt", "identity_prompt")),
+    (
+        Integral,
+        "a whole number",
+        (
+            "height",
+            "width",
+            "num_frames",
+            "num_inference_steps",
+            "seed",
+            "max_sequence_length",
+            "max_identity_length",
+        ),
+    ),
+    (Real, "a number", ("fps", "guidance_scale", "identity_scale")),
+    (bool, "True or False", ("use_dynamic_cfg",)),
+)
+
+
+def _check_types(request: GenerateRequest) -> None:
+    """Requests also come from JSON, where 49 is easily "49", 49.5 or true."""
+    for kind, rule, names in _TYPES:
+        for name in names:
+            value = getattr(request, name)
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                raise InputError(f"{name} is {value!r}; it must be {rule}")
+    if not isinstance(request.negative_prompt, str | None):
+        raise InputError(f"negative_prompt is {request.negative_prompt!r}; it must be text or None")
 
 
 def _check_source(request: GenerateRequest) -> None:
@@ -133,15 +166,18 @@ def _check_text(request: GenerateRequest, config: TransformerConfig) -> None:
     shortest = (config.fusion.queries if config.fusion else 0) + 1
     if not shortest <= request.max_sequence_length <= longest:  # type: ignore[operator]
         raise InputError(
-            f"max_sequence_length is {request.max_sequence_length}; this checkpoint takes {shortest} to {longest}"
+            f"max_sequence_length is {request.max_sequence_length}; "
+            f"this checkpoint takes {shortest} to {longest}"
         )
     if fixed_size(config.backbone) and request.max_sequence_length != longest:
         raise InputError(
-            f"max_sequence_length is {request.max_sequence_length}; this checkpoint's position table needs {longest}"
+            f"max_sequence_length is {request.max_sequence_length}; "
+            f"this checkpoint's position table needs {longest}"
         )
     if config.fusion and not 1 <= request.max_identity_length <= config.fusion.queries:  # type: ignore[operator]
         raise InputError(
-            f"max_identity_length is {request.max_identity_length}; this checkpoint takes 1 to {config.fusion.queries}"
+            f"max_identity_length is {request.max_identity_length}; "
+            f"this checkpoint takes 1 to {config.fusion.queries}"
         )
 
 
@@ -176,6 +212,9 @@ def _check_size(request: GenerateRequest, config: TransformerConfig) -> None:
             raise InputError(
                 f"{name} is {value}; it must be a multiple of {multiple}, at least {2 * multiple}: try {near}"
             )
+        largest = getattr(backbone, f"sample_{name}") * VAE_SPATIAL
+        if backbone.patch_size_t is not None and value > largest:
+            raise InputError(f"{name} is {value}; this checkpoint's rotary grid reaches {largest} pixels")
     step = backbone.temporal_compression_ratio
     frames = request.num_frames
     if frames < step + 1 or (frames - 1) % step:  # type: ignore[operator]
@@ -192,7 +231,8 @@ def _check_size(request: GenerateRequest, config: TransformerConfig) -> None:
         asked = (request.num_frames, request.height, request.width)
         if asked != made_for:
             raise InputError(
-                f"num_frames, height, width are {asked}; this checkpoint has a position table for {made_for} only"
+                f"num_frames, height, width are {asked}; "
+                f"this checkpoint has a position table for {made_for} only"
             )
 
 

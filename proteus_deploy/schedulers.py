@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from proteus_deploy.errors import InputError
 
@@ -46,9 +46,10 @@ class Stepper:
         timestep = self.timesteps[index]
         generator = generators[0] if len(generators) == 1 else generators
         if not self._remembers:
-            return self._scheduler.step(velocity, timestep, latents, generator=generator, return_dict=False)[
-                0
-            ]  # type: ignore[no-any-return]
+            updated = self._scheduler.step(
+                velocity, timestep, latents, generator=generator, return_dict=False
+            )
+            return cast("Tensor", updated[0])
         before = self.timesteps[index - 1] if index else None
         latents, self._previous = self._scheduler.step(
             velocity, self._previous, timestep, before, latents, generator=generator, return_dict=False

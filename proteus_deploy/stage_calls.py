@@ -11,6 +11,7 @@ from torch import Tensor
 from proteus_deploy.errors import InputError
 from proteus_deploy.model.config import TransformerConfig
 from proteus_deploy.model.transformer import rotary_tables
+from proteus_deploy.stages import Graph
 from proteus_deploy.vae_decode import Tiling, decode
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Stage:
-    """One stage on a backend: `stage(**named_inputs) -> named outputs`. See the graph's contract for shapes."""
+    """One stage on a backend: `stage(**named_inputs) -> named outputs`; shapes are the graph's contract."""
 
     def __init__(self, name: str, backend: Backend) -> None:
         self.name = name
@@ -107,9 +108,9 @@ def stages_of(backend: Backend, config: TransformerConfig, tiling: Tiling | None
     return {name: special.get(name) or Stage(name, backend) for name in backend.table.stages}
 
 
-def graph_dtypes(graph: object) -> dict[str, str]:
+def graph_dtypes(graph: Graph) -> dict[str, str]:
     """{input: "float" | "float32" | "int64"}."""
-    return {spec.name: spec.dtype for spec in graph.inputs}  # type: ignore[attr-defined]
+    return {spec.name: spec.dtype for spec in graph.inputs}
 
 
 def _cast(dtypes: Mapping[str, str], inputs: Mapping[str, Tensor], backend: Backend) -> dict[str, Tensor]:

@@ -6,7 +6,8 @@ multiple of a symbol ("2y"); a StageTable gives each symbol its range. Sample in
 axes, TensorRT profiles, request validation and benchmark shapes all come from this table.
 
 Symbols: B batch (2 under guidance), I identities, N tokens given to the text encoder, L text tokens
-given to the denoiser, P identity-prompt tokens, M image tokens, T timesteps, f token frames, y and x token rows and columns, h and w latent rows and columns.
+given to the denoiser, P identity-prompt tokens, M image tokens, T timesteps, f token frames, y and x
+token rows and columns, h and w latent rows and columns.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class StageTable:
     def profile(self, graph: Graph) -> dict[str, dict[str, tuple[int, ...]]]:
         """{input: {"min" | "opt" | "max": shape}}: what a TensorRT optimisation profile needs."""
         return {
-            spec.name: {which: spec.shape(self.sizes(which)) for which in ("min", "opt", "max")}  # type: ignore[arg-type]
+            spec.name: {which: spec.shape(self.sizes(which)) for which in ("min", "opt", "max")}
             for spec in graph.inputs
         }
 

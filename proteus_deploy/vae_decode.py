@@ -39,6 +39,11 @@ class Tiling:
             )
         if not (0 <= self.overlap_height < 1 and 0 <= self.overlap_width < 1):
             raise InputError("tile overlaps are fractions of a tile, at least 0 and below 1")
+        if min(self.stride) < 1:
+            raise InputError(
+                f"tiles of {self.height}x{self.width} latent pixels with overlaps of {self.overlap_height} "
+                f"and {self.overlap_width} don't advance; make the tiles larger or the overlaps smaller"
+            )
 
     @classmethod
     def for_vae(cls, config: dict[str, Any]) -> Tiling:
@@ -70,9 +75,9 @@ def decode(
     latents: Tensor,
     *,
     tiling: Tiling | None = None,
-    on_part: Callable[[int, int], None] = lambda done, total: None,
+    on_part: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """latents [1, C, F, h, w], divided by the VAE's scaling factor -> frames [1, 3, F', 8h, 8w] on the CPU, float32.
+    """latents [1, C, F, h, w], divided by the scaling factor -> frames [1, 3, F', 8h, 8w], CPU, float32.
 
     on_part(done, total) is called after every chunk of every tile; it may raise to stop the work.
     Raises InputError for a single latent frame, which is an image and not a video.
@@ -91,7 +96,8 @@ def decode(
     def count() -> None:
         nonlocal done
         done += 1
-        on_part(done, total)
+        if on_part is not None:
+            on_part(done, total)
 
     video = torch.empty(1, 3, output_frames(frames), height * SCALE, width * SCALE)
     edges = _Edges(tile)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from proteus_deploy._files import inside
 from proteus_deploy.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -96,30 +95,37 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
             f"{folder} is not a folder; a published checkpoint keeps each network in its own"
         )
     indices = sorted(folder.glob("*.safetensors.index.json"))
+    if len(indices) > 1:
+        found = ", ".join(index.name for index in indices)
+        raise CheckpointError(f"{folder} has several indices ({found}); keep those of one variant only")
     if indices:
-        try:
-            names = set(json.loads(indices[0].read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(
-                f"{indices[0]} is not a safetensors index ({error}); download it again"
-            ) from error
-        files = tuple(inside(folder, name) for name in sorted(names))
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise CheckpointError(
-                f"{folder}: shards named in {indices[0].name} are missing: {', '.join(missing)}"
-            )
-        return files
+        return _shards(folder, indices[0])
     files = tuple(sorted(folder.glob("*.safetensors")))
     if files:
         return files
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLE_SUFFIXES)
     if pickles:
         raise CheckpointError(
-            f"{folder} holds its weights as a pickle ({', '.join(pickles)}); a pickle can run code when it is "
-            f"opened, so only safetensors are loaded. Convert it once with: proteus-deploy convert {folder}"
+            f"{folder} holds its weights as a pickle ({', '.join(pickles)}); a pickle can run code when "
+            "it is opened, so only safetensors are loaded. "
+            f"Convert it once with: proteus-deploy convert {folder}"
         )
     raise CheckpointError(f"{folder} has no .safetensors file")
+
+
+def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} is not a safetensors index ({error!r}); download it again") from error
+    for name in names:
+        # Shards lie beside their index. The file itself may be a link, as it is in the hub's cache.
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names {name!r}, which is not a .safetensors file in {folder}")
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing:
+        raise CheckpointError(f"{folder}: shards named in {index.name} are missing: {', '.join(missing)}")
+    return tuple(folder / name for name in sorted(names))
 
 
 def _read_header(file: Path) -> dict[str, tuple[int, ...]]:

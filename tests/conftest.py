@@ -1,13 +1,21 @@
-"""Shared fixtures: the same random numbers in every test, GPU tests skipped with a reason."""
+"""Shared fixtures: the same random numbers in every test, GPU tests skipped with a reason, small checkpoints."""
 
 from __future__ import annotations
 
+import json
 import random
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from proteus_deploy import GenerateRequest, IdentityFeatures, Pipeline
 
 # Derandomized and without a database: a test fails for everyone or for nobody. No deadline: timings on a
 # busy machine say nothing about the code.
@@ -43,3 +51,139 @@ def _same_random_numbers() -> None:
 def repository() -> Path:
     """The root of the working tree that is being tested."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete checkpoint in the published layout, made from seed 0. Read it, don't write into it."""
+    from proteus_deploy.tiny.checkpoint import write_tiny_checkpoint
+
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def parity() -> Path:
+    """A miniature published checkpoint and three recorded runs of the published pipeline; see its README."""
+    return Path(__file__).parent / "data" / "parity"
+
+
+@pytest.fixture(scope="session")
+def parity_pipeline(parity: Path) -> Iterator[Pipeline]:
+    """The reference pipeline on the parity checkpoint, shared by tests that only run it."""
+    from proteus_deploy import Pipeline
+
+    with Pipeline.from_checkpoint(parity / "checkpoint") as pipeline:
+        yield pipeline
+
+
+@pytest.fixture
+def identity() -> Callable[..., IdentityFeatures]:
+    """identity(seed, **fields) -> random features as wide as the parity checkpoint wants them."""
+    import torch
+
+    from proteus_deploy import IdentityFeatures
+
+    def make(seed: int = 0, **fields: Any) -> IdentityFeatures:
+        generator = torch.Generator().manual_seed(seed)
+        states = tuple(torch.randn(1, 10, 16, generator=generator) for _ in range(5))
+        return IdentityFeatures(torch.randn(1, 1, 40, generator=generator), states, **fields)
+
+    return make
+
+
+@pytest.fixture
+def small_request(parity: Path, identity: Callable[..., IdentityFeatures]) -> Callable[..., GenerateRequest]:
+    """small_request(**fields) -> a request of two steps, five frames and 32 x 48 pixels."""
+    from proteus_deploy import GenerateRequest
+
+    def make(**fields: Any) -> GenerateRequest:
+        defaults: dict[str, Any] = {
+            "prompt": "A woman waves",
+            "identity_prompt": "A woman",
+            "height": 32,
+            "width": 48,
+            "num_frames": 5,
+            "num_inference_steps": 2,
+            "seed": 7,
+        }
+        if "photo" not in fields:
+            image = parity / "case_cfg_dpm" / "reference.png"
+            defaults |= {"identity": identity(), "condition_image": image}
+        return GenerateRequest(**{**defaults, **fields})
+
+    return make
+
+
+@pytest.fixture
+def make_checkpoint(parity: Path, tmp_path: Path) -> Callable[..., Path]:
+    """make_checkpoint(name, vae={...}, **changes) -> a folder in the published layout with random weights.
+
+    `changes` are laid over the transformer config of the parity checkpoint, and the transformer's weights
+    are random numbers in the shapes that this config asks for; the other parts are the parity checkpoint's.
+    """
+    published = parity / "checkpoint"
+
+    def make(name: str = "checkpoint", *, vae: dict[str, Any] | None = None, **changes: Any) -> Path:
+        from proteus_deploy.model.config import read_transformer_config
+        from proteus_deploy.model.networks import transformer_networks
+
+        folder = tmp_path / name
+        for part in ("text_encoder", "tokenizer", "scheduler"):
+            _link(published / part, folder / part)
+        _link(published / "model_index.json", folder / "model_index.json")
+        _link(published / "vae" / _WEIGHTS, folder / "vae" / _WEIGHTS)
+        vae_config = json.loads((published / "vae" / "config.json").read_text()) | (vae or {})
+        (folder / "vae" / "config.json").write_text(json.dumps(vae_config))
+        config = json.loads((published / "transformer" / "config.json").read_text()) | changes
+        networks = transformer_networks(read_transformer_config(config), folded=False)
+        shapes = {key: value.shape for net in networks.values() for key, value in net.state_dict().items()}
+        write_transformer(folder, config, random_weights(shapes))
+        return folder
+
+    return make
+
+
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def _link(target: Path, link: Path) -> None:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(target)
+
+
+def write_transformer(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Write transformer/config.json and its weights, as published."""
+    from safetensors.torch import save_file
+
+    (folder / "transformer").mkdir(exist_ok=True)
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    save_file(weights, folder / "transformer" / _WEIGHTS)
+
+
+def random_weights(shapes: dict[str, Any]) -> dict[str, Tensor]:
+    """Weights under which signals keep their size and every layer matters: no zeros, norms around one."""
+    import zlib
+
+    import torch
+
+    weights = {}
+    for key, shape in shapes.items():
+        numbers = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(zlib.crc32(key.encode())))
+        if len(shape) > 1 and not key.endswith("latents"):
+            numbers /= max(shape[1:].numel(), 1) ** 0.5
+        elif key.endswith("weight"):
+            numbers = 1 + numbers / 10
+        elif len(shape) == 1:
+            numbers /= 10
+        weights[key] = numbers
+    return weights
+
+
+@pytest.fixture(name="random_weights")
+def _random_weights() -> Callable[[dict[str, Any]], dict[str, Tensor]]:
+    return random_weights
+
+
+@pytest.fixture(name="write_transformer")
+def _write_transformer() -> Callable[[Path, dict[str, Any], dict[str, Tensor]], None]:
+    return write_transformer

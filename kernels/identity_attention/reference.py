@@ -34,7 +34,7 @@ class FoldedIdentity(NamedTuple):
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, N, H*D] -> [B, H, N, D]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # type: ignore[no-any-return]
 
 
 def identity_attention(

@@ -104,3 +104,38 @@ class Progress:
 
     def _line(self, message: str) -> None:
         print(f"{self.text}: {message}", file=self._stream, flush=True)
+
+
+class PhaseProgress:
+    """Turns `report(phase, done, total)` calls into one Progress after another.
+
+    Phases may be of unknown number; a new name closes the one before it. Use as a context manager and
+    pass the object itself as the callback.
+    """
+
+    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
+        self._quiet = quiet
+        self._stream = stream
+        self._phase: str | None = None
+        self._current: Progress | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._current is not None:
+            self._current.__exit__(kind, error, trace)
+            self._current = None
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if phase != self._phase:
+            self.__exit__(None, None, None)
+            self._phase = phase
+            self._current = Progress(phase, total, unit="part", quiet=self._quiet, stream=self._stream).__enter__()
+        if self._current is not None and done > self._current.done:
+            self._current.advance(done - self._current.done)

@@ -11,6 +11,7 @@ Axes: B = 1 photo; C = recogniser + pooled (512 + 768); S the tower's input side
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -174,7 +175,7 @@ def weights_file(folder: Path, name: str) -> Path:
         if pickle.is_file():
             raise CheckpointError(
                 f"{pickle} is a pickle, and pickles are not loaded: they can run code. "
-                f"Convert it once with: proteus-deploy convert {pickle}"
+                f"Convert it once with: proteus-deploy convert {shlex.quote(str(pickle))}"
             )
     raise CheckpointError(f"{path} does not exist; copy it (or its published pickle, to convert) to {folder}")
 

@@ -148,7 +148,7 @@ class _Reader:
         self.document = document
         self.source = source
 
-    def __call__(self, key: str, kind: type, default: Any = ...) -> Any:
+    def __call__(self, key: str, kind: type[Any], default: Any = ...) -> Any:
         value = self.document.get(key, default)
         if value is ...:
             raise CheckpointError(f"{self.source}: {key!r} is missing; it is part of every published config")
@@ -220,7 +220,7 @@ def _read_backbone(get: _Reader) -> BackboneConfig:
         attention_bias=get("attention_bias", bool),
         norm_eps=get("norm_eps", float),
         flip_sin_to_cos=get("flip_sin_to_cos", bool),
-        freq_shift=float(get.document.get("freq_shift", 0)),
+        freq_shift=get("freq_shift", float, 0.0),
     )
     for key, expected in (
         ("activation_fn", "gelu-approximate"),
@@ -231,8 +231,8 @@ def _read_backbone(get: _Reader) -> BackboneConfig:
             raise CheckpointError(f"{get.source}: {key!r} is {found!r}; only {expected!r} was ever published")
     if config.attention_head_dim % 8:
         raise CheckpointError(
-            f"{get.source}: attention_head_dim is {config.attention_head_dim}; the 3D rotary embedding splits a "
-            "head into 2/8 time, 3/8 height and 3/8 width, so it must be a multiple of 8"
+            f"{get.source}: attention_head_dim is {config.attention_head_dim}; the 3D rotary embedding "
+            "splits a head into 2/8 time, 3/8 height and 3/8 width, so it must be a multiple of 8"
         )
     if config.in_channels != 2 * config.out_channels:
         raise CheckpointError(

@@ -8,6 +8,7 @@ Source: Proteus-ID (arXiv 2506.23729), section on MIF; shapes as in the publishe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ class _SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
-        return self.to_out(heads_attention(self.to_q(x), self.to_k(x), self.to_v(x), self.heads))
+        attended = heads_attention(self.to_q(x), self.to_k(x), self.to_v(x), self.heads)
+        return self.to_out(attended)  # type: ignore[no-any-return]
 
 
 class _TokenFormer(nn.Module):
@@ -58,7 +60,7 @@ class _TokenFormer(nn.Module):
         identity = self.img_embedding_mapping(id_cond)
         per_scale = self.config.depth // self.config.scales
         for index, layer in enumerate(self.layers):
-            self_attention, cross_attention, ff = layer  # type: ignore[misc]  # a ModuleList of three
+            self_attention, cross_attention, ff = cast("nn.ModuleList", layer)
             if index % per_scale == 0:
                 scale = index // per_scale
                 image = self.get_submodule(f"mapping_{scale}")(image_states[scale])
@@ -87,7 +89,7 @@ class IdentityFusion(nn.Module):
         self.fuse_token_adapter = _TokenAdapter(config.width)
 
     def forward(self, identity_text: Tensor, id_cond: Tensor, *image_states: Tensor) -> Tensor:
-        """identity_text [B, P, d], id_cond [B, 1, C], image_states 5 x [B, M, V] -> fused tokens [B, Q, d]."""
+        """identity_text [B, P, d], id_cond [B, 1, C], 5 image states [B, M, V] -> fused tokens [B, Q, d]."""
         return self.fuse_token_adapter(self.fuse_token_former(identity_text, id_cond, image_states))  # type: ignore[no-any-return]
 
 

@@ -8,6 +8,8 @@ Axes: T timesteps, Q face tokens, M image tokens, d width.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,7 +29,8 @@ class _AdaLayerNorm(nn.Module):
 
     def forward(self, x: Tensor, time_vector: Tensor) -> Tensor:
         shift, scale = self.linear(F.silu(time_vector))[:, None].chunk(2, dim=-1)
-        return F.layer_norm(x, x.shape[-1:], eps=_ADA_EPS) * (1 + scale) + shift
+        normed = F.layer_norm(x, x.shape[-1:], eps=_ADA_EPS)
+        return normed * (1 + scale) + shift  # type: ignore[no-any-return]
 
 
 class _SquaredReluMLP(nn.Module):
@@ -106,9 +109,8 @@ class _FaceFeature(nn.Module):
         self.vit_embedding_mapping = mapping(config.image_dim, config.image_dim, config.image_proj_dim)
 
     def forward(self, id_cond: Tensor, last_state: Tensor) -> Tensor:
-        return self.vit_embedding_mapping(
-            torch.cat((self.clip_embedding_mapping(id_cond), last_state), dim=1)
-        )  # type: ignore[no-any-return]
+        features = torch.cat((self.clip_embedding_mapping(id_cond), last_state), dim=1)
+        return self.vit_embedding_mapping(features)  # type: ignore[no-any-return]
 
 
 class _FacialExtractor(nn.Module):
@@ -118,7 +120,7 @@ class _FacialExtractor(nn.Module):
         self.fuse_face_feature = _FaceFeature(config)
         self.time_embedding = TimestepMLP(config.time_channels, config.time_embed_dim)
         self.connector = _Connector(config)
-        # Present in every published checkpoint and used by nothing there; kept so that all keys are accounted for.
+        # In every published checkpoint and used by nothing there; kept so that all keys are accounted for.
         self.latents = nn.Parameter(torch.empty(1, config.queries, config.width))
         self.proj_out = nn.Sequential(nn.Linear(config.width, config.out_dim), nn.LayerNorm(config.out_dim))
 
@@ -135,7 +137,7 @@ class IdentitySchedule(nn.Module):
         self.fuse_facital_attention = _FacialExtractor(config)
 
     def forward(self, fused: Tensor, id_cond: Tensor, last_state: Tensor, timesteps: Tensor) -> Tensor:
-        """fused [1, Q, d_text], id_cond [1, 1, C], last_state [1, M, V], timesteps [T] -> face tokens [T, Q, d_face]."""
+        """fused [1, Q, d_text], id_cond [1, 1, C], last_state [1, M, V], timesteps [T] -> [T, Q, d_face]."""
         return self.fuse_facital_attention(fused, id_cond, last_state, timesteps)  # type: ignore[no-any-return]
 
 
@@ -180,7 +182,7 @@ class _LocalFacial(nn.Module):
         latents = torch.cat((self.latents.expand(identity.shape[0], -1, -1), identity), dim=1)
         per_scale = self.config.depth // self.config.scales
         for index, layer in enumerate(self.layers):
-            attention, ff = layer  # type: ignore[misc]  # a ModuleList of two
+            attention, ff = cast("nn.ModuleList", layer)
             if index % per_scale == 0:
                 scale = index // per_scale
                 context = torch.cat(

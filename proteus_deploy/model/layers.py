@@ -30,7 +30,7 @@ class TimestepMLP(nn.Module):
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
+        return self.linear_2(F.silu(self.linear_1(x)))  # type: ignore[no-any-return]
 
 
 def mapping(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
@@ -53,7 +53,7 @@ def heads_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Te
 
 
 class PerceiverAttention(nn.Module):
-    """Cross-attention of latents to [context ; latents] (Flamingo's perceiver resampler, arXiv 2204.14198)."""
+    """Cross-attention of latents to [context ; latents] (Flamingo's resampler, arXiv 2204.14198)."""
 
     def __init__(self, width: int, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -68,7 +68,8 @@ class PerceiverAttention(nn.Module):
         """context [B, M, width], latents [B, Q, width] -> [B, Q, width], residual not added."""
         latents = self.norm2(latents)
         key, value = self.to_kv(torch.cat((self.norm1(context), latents), dim=1)).chunk(2, dim=-1)
-        return self.to_out(heads_attention(self.to_q(latents), key, value, self.heads))
+        attended = heads_attention(self.to_q(latents), key, value, self.heads)
+        return self.to_out(attended)  # type: ignore[no-any-return]
 
 
 def feed_forward(width: int, hidden_dim: int) -> nn.Sequential:

@@ -69,7 +69,7 @@ class VaeDecoderChunk(nn.Module):
         self.first = first
 
     def forward(self, latents: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        """latents [1, C, k, h, w] already divided by the scaling factor -> frames [1, 3, F, 8h, 8w], caches."""
+        """latents [1, C, k, h, w], divided by the scaling factor -> frames [1, 3, F, 8h, 8w], caches."""
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)  # type: ignore[operator]
         nested = None if self.first else _nest(self.cache_paths, caches)
@@ -97,12 +97,11 @@ def _lookup(tree: Mapping[str, Any], path: tuple[str, ...]) -> Tensor:
 def cache_layout(vae: nn.Module, latent_channels: int) -> tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]:
     """((path, shape at h = w = 1), ...) of each cache that a convolution reads, in the decoder's order.
 
-    `vae` may be on the meta device: only shapes are computed. Convolutions with a kernel of one frame
+    `vae` is on the meta device: only shapes are computed. Convolutions with a kernel of one frame
     return their whole input as a "cache" and never read it; those are left out.
     """
     latents = torch.empty(1, latent_channels, 3, 1, 1, device="meta")
-    decoder = vae.decoder.to("meta") if next(vae.parameters()).device.type != "meta" else vae.decoder  # type: ignore[operator]
-    _, caches = decoder(latents)  # type: ignore[operator]
+    _, caches = vae.decoder(latents)  # type: ignore[operator]
     return tuple(_cache_leaves(caches, ()))
 
 
@@ -186,7 +185,7 @@ def vae_on_meta(config: Mapping[str, Any]) -> nn.Module:
         if isinstance(module, CogVideoXSafeConv3d):
             # Its forward splits inputs over 2 GB, a branch on the data's size that can't be traced with
             # dynamic height and width. Chunks and tiles keep our inputs below that size.
-            module.forward = nn.Conv3d.forward.__get__(module)
+            module.forward = nn.Conv3d.forward.__get__(module)  # type: ignore[method-assign]
     return vae  # type: ignore[no-any-return]
 
 

@@ -7,6 +7,8 @@ Sources: CogVideoX (arXiv 2408.06072) and its 1.5 release (`patch_size_t`, `ofs_
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -59,11 +61,13 @@ class Denoiser(nn.Module):
 
         latents [B, F, in_channels, h, w] (noisy and condition side by side), text [B, L, d_text] with the
         fused tokens in front, timestep [B] int64, face_tokens [B or 1, Q, d_face], identity_gate [1]
-        float32, rotary tables [f, y, x, D] float32 over the token grid (absent in checkpoints without rotary embedding).
+        float32, rotary tables [f, y, x, D] float32 over the token grid (None without rotary embedding).
         """
         time = self.time_vector(timestep, latents.dtype)
         text, video = self.patch_embed(text, latents)
-        rotary = None if rotary_cos is None else pad_rotary(rotary_cos, rotary_sin, text.shape[1])
+        rotary = None
+        if rotary_cos is not None and rotary_sin is not None:
+            rotary = pad_rotary(rotary_cos, rotary_sin, text.shape[1])
         for index, block in enumerate(self.transformer_blocks):
             text, video = block(text, video, time, rotary)
             if index % self.interval == 0:
@@ -75,11 +79,11 @@ class Denoiser(nn.Module):
     def time_vector(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         """[B] -> [B, time_embed_dim]."""
         config = self.config
-        embed = {"flip_sin_to_cos": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
-        time = self.time_embedding(sinusoid(timestep, config.width, **embed).to(dtype))
+        embed = partial(sinusoid, flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift)
+        time = self.time_embedding(embed(timestep, config.width).to(dtype))
         if config.ofs_embed_dim is not None:
             ofs = torch.full((1,), OFS, device=timestep.device)
-            time = time + self.ofs_embedding(sinusoid(ofs, config.ofs_embed_dim, **embed).to(dtype))
+            time = time + self.ofs_embedding(embed(ofs, config.ofs_embed_dim).to(dtype))
         return time  # type: ignore[no-any-return]
 
     def unpatchify(self, patches: Tensor, latents: Tensor) -> Tensor:
@@ -165,7 +169,7 @@ class _FeedForward(nn.Module):
         self.net = nn.ModuleList((expand, nn.Identity(), nn.Linear(4 * width, width)))
 
     def forward(self, x: Tensor) -> Tensor:
-        expanded = F.gelu(self.net[0].proj(x), approximate="tanh")  # type: ignore[operator,union-attr]
+        expanded = F.gelu(self.net[0].proj(x), approximate="tanh")  # type: ignore[operator]
         return self.net[2](expanded)  # type: ignore[no-any-return]
 
 
@@ -181,7 +185,7 @@ class _FinalModulation(nn.Module):
 
 
 class _PatchEmbed(nn.Module):
-    """Text projection and video patches; adds learned or sinusoidal positions where the checkpoint has them."""
+    """Text projection and video patches; adds learned or sinusoidal positions where there are any."""
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
@@ -196,9 +200,11 @@ class _PatchEmbed(nn.Module):
         self.text_proj = nn.Linear(config.text_embed_dim, width)
         self.has_positions = config.learned_positions or not config.rotary
         if self.has_positions:
-            self.register_buffer(
-                "pos_embedding", torch.empty(1, config.max_text_seq_length + _grid_size(config), width)
-            )
+            self.pos_embedding: Tensor
+            tokens = config.max_text_seq_length + _grid_size(config)
+            # Only learned tables are part of a checkpoint; the sinusoidal one is computed.
+            persistent = config.learned_positions
+            self.register_buffer("pos_embedding", torch.empty(1, tokens, width), persistent=persistent)
 
     def forward(self, text: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
         """text [B, L, d_text], latents [B, F, C, h, w] -> [B, L, d] and [B, N, d]."""
@@ -211,7 +217,7 @@ class _PatchEmbed(nn.Module):
         if not self.has_positions:
             return text, video
         length = self.config.max_text_seq_length
-        positions = self.pos_embedding.to(video.dtype)  # type: ignore[operator]
+        positions = self.pos_embedding.to(video.dtype)
         return text + positions[:, : text.shape[1]], video + positions[:, length : length + video.shape[1]]
 
     def computed_buffers(self) -> dict[str, Tensor]:
@@ -251,9 +257,8 @@ def _grid_size(config: BackboneConfig) -> int:
     return frames * (config.sample_height // config.patch_size) * (config.sample_width // config.patch_size)
 
 
-def pad_rotary(cos: Tensor, sin: Tensor | None, text_length: int) -> Rotary:
+def pad_rotary(cos: Tensor, sin: Tensor, text_length: int) -> Rotary:
     """Rotary tables of the video grid [f, y, x, D] -> [S, D] for the joint sequence: text is not rotated."""
-    assert sin is not None, "rotary_cos and rotary_sin come together"
     cos, sin = cos.flatten(0, -2), sin.flatten(0, -2)
     head = cos.shape[-1]
     return (
@@ -263,7 +268,7 @@ def pad_rotary(cos: Tensor, sin: Tensor | None, text_length: int) -> Rotary:
 
 
 def rotary_tables(config: BackboneConfig, frames: int, rows: int, columns: int) -> Rotary:
-    """cos and sin [frames, rows, columns, D] float32 for a grid of tokens, as the published pipelines make them.
+    """cos and sin [frames, rows, columns, D] float32 of a token grid, as the published pipelines make them.
 
     CogVideoX 1.0 stretches the grid into the sample size's crop region; 1.5 cuts it from the largest grid.
     """
@@ -274,13 +279,12 @@ def rotary_tables(config: BackboneConfig, frames: int, rows: int, columns: int) 
         config.sample_height // config.patch_size,
         config.sample_width // config.patch_size,
     )
-    grid = {"embed_dim": config.attention_head_dim, "grid_size": (rows, columns), "temporal_size": frames}
+    head, grid = config.attention_head_dim, (rows, columns)
     if config.patch_size_t is None:
-        crop = get_resize_crop_region_for_grid((rows, columns), base_columns, base_rows)
-        cos, sin = get_3d_rotary_pos_embed(crops_coords=crop, **grid)
+        crop = get_resize_crop_region_for_grid(grid, base_columns, base_rows)
+        cos, sin = get_3d_rotary_pos_embed(head, crop, grid, frames)
     else:
-        cos, sin = get_3d_rotary_pos_embed(
-            crops_coords=None, grid_type="slice", max_size=(base_rows, base_columns), **grid
-        )
+        largest = (base_rows, base_columns)
+        cos, sin = get_3d_rotary_pos_embed(head, None, grid, frames, grid_type="slice", max_size=largest)
     shape = (frames, rows, columns, config.attention_head_dim)
     return cos.reshape(shape), sin.reshape(shape)

@@ -50,7 +50,7 @@ def bind_sizes(graph: Graph, inputs: Mapping[str, Tensor], *, broadcast: bool = 
     sizes: dict[str, int] = {}
     for spec in graph.inputs:
         shape = tuple(inputs[spec.name].shape)
-        if broadcast and spec.name == "face_tokens" and shape[:1] == (1,):
+        if broadcast and spec.name == "face_tokens" and spec.axes[0] == "B" and shape[:1] == (1,):
             shape = (sizes.get("B", 1), *shape[1:])
         _bind_one(graph, spec, shape, sizes)
     return sizes

@@ -33,8 +33,11 @@ class EagerBackend:
         device: str | torch.device = "cpu",
         compiled: bool = False,
         folded: bool = False,
+        table: StageTable | None = None,
     ) -> None:
-        """Raises BackendError when the device isn't here. Weights are read on first use of each network."""
+        """table: the contracts to hold to; None makes one for any batch.
+
+        Raises BackendError when the device isn't here. Weights are read on first use of each network."""
         self.name = "compiled" if compiled else "eager"
         self.device = torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
@@ -42,7 +45,7 @@ class EagerBackend:
                 f"device {device!r} was asked for, but PyTorch sees no CUDA device; use device='cpu'"
             )
         self.dtype = dtype
-        self.table: StageTable = build_stage_table(checkpoint, ExportRanges(max_videos=_UNLIMITED_VIDEOS))
+        self.table = table or build_stage_table(checkpoint, ExportRanges(max_videos=_UNLIMITED_VIDEOS))
         self._factory = NetworkFactory(checkpoint, folded=folded)
         self._compiled = compiled
         self._runners: dict[str, EagerGraph] = {}

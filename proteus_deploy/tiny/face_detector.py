@@ -1,4 +1,4 @@
-"""A face detector in SCRFD's format, computed by hand: it finds the drawn portraits, and nothing else.
+"""A face detector in SCRFD's format, computed by hand for the drawn portraits; it is no detector for photos.
 
 A pixel is skin when six linear conditions on its colour hold. Where a head-shaped region is skin and no part
 of the ring around it is (below the chin anything goes: necks), a face is reported: convolutions of the skin
@@ -27,15 +27,15 @@ __all__ = ["constant", "detector_model", "model_proto", "tensor_info"]
 _SIDE = 640
 _OPSET = 17
 _IR_VERSION = 8
-_SCALE_STEP = 1.15
+_SCALE_STEP = 1.1
 # Half widths of heads, in pixels of the 640 x 640 input, from and up to which each stride looks.
 _HALF_WIDTHS = {8: (12.0, 30.0), 16: (30.0, 72.0), 32: (72.0, 190.0)}
 # The skin map is made this much finer than the cells.
 _FINER = 4
-# A response of 1 is a perfect head; drawn ones reach 0.8 (eyes and mouth are no skin).
-_LEAST_RESPONSE = 0.62
+# A response of 1 is a perfect head; drawn ones reach 0.7 and more (eyes and mouth are no skin).
+_LEAST_RESPONSE = 0.63
 # Ears and soft edges let kernels win that are this much too large, in the median of the drawn portraits.
-_OVERSIZE = 1.065
+_OVERSIZE = 1.075
 _SCORE_SLOPE = 1.8
 # Each row: red, green, blue and a constant, on 0..1; skin when all results are positive.
 _SKIN_CONDITIONS = (

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ def detector(encoder: IdentityEncoder) -> FaceDetector:
 def portrait() -> Callable[[int], Image]:
     """portrait(seed) -> RGB uint8 [320, 320, 3]; not to be written to."""
 
-    @lru_cache(maxsize=None)
+    @cache
     def drawn(seed: int) -> Image:
         image = np.array(draw_portrait(seed, 320))
         image.setflags(write=False)
@@ -56,6 +57,16 @@ def two_people(portrait: Callable[[int], Image]) -> Image:
     photo[100:300, :200] = np.array(draw_portrait(1, 200))
     photo[:, 200:] = portrait(2)
     return photo
+
+
+@pytest.fixture(scope="session")
+def report() -> Callable[[str], None]:
+    """Write a line that pytest shows with -s or when the test fails: errors are seen even when they pass."""
+
+    def write(line: str) -> None:
+        sys.stdout.write(line + "\n")
+
+    return write
 
 
 @pytest.fixture(scope="session")

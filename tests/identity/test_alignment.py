@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -26,14 +27,14 @@ def turned(
 
 
 @pytest.mark.parametrize("degrees", [0, 25, -170])
-def test_a_similar_face_lands_on_the_template(degrees: float) -> None:
+def test_a_similar_face_lands_on_the_template(degrees: float, report: Callable[[str], None]) -> None:
     landmarks = transform_points(turned(0.4, degrees, (300, 200)), TEMPLATE)
     image = np.random.default_rng(0).integers(0, 255, (600, 700, 3), dtype=np.uint8)
     crop, warp = align_face(image, landmarks)
     assert crop.shape == (512, 512, 3)
     assert crop.dtype == np.uint8
     error = np.abs(transform_points(warp, landmarks) - TEMPLATE).max()
-    print(f"template error {error:.2e} px")
+    report(f"template error {error:.2e} px")
     assert error < 1e-2
 
 

@@ -13,6 +13,7 @@ from PIL import Image as Pillow
 from proteus_deploy.errors import CheckpointError, InputError, PhotoError
 from proteus_deploy.identity.alignment import TEMPLATE_512, align_face, transform_points
 from proteus_deploy.identity.encoder import PARSER_NAME, TOWER_NAME, IdentityEncoder
+from proteus_deploy.identity.faces import Face
 from proteus_deploy.identity.features import IdentityFeatures
 
 Image = NDArray[np.uint8]
@@ -59,7 +60,10 @@ def test_keypoints_are_those_of_the_crop(encoder: IdentityEncoder, portrait: Cal
 
 
 def test_features_do_not_depend_on_what_surrounds_the_face(
-    encoder: IdentityEncoder, two_people: Image, portrait: Callable[[int], Image]
+    encoder: IdentityEncoder,
+    two_people: Image,
+    portrait: Callable[[int], Image],
+    report: Callable[[str], None],
 ) -> None:
     """One face, chosen once, gives the embedding, the crop and the tower's input."""
     right, right_crop = encoder.encode(two_people)
@@ -72,14 +76,13 @@ def test_features_do_not_depend_on_what_surrounds_the_face(
         return float(np.abs(one[150:400, 150:360].astype(float) - other[150:400, 150:360]).mean())
 
     def cosine(one: IdentityFeatures, other: IdentityFeatures) -> float:
-        parts = (features.id_cond[0, 0, :32] for features in (one, other))
-        return float(torch.nn.functional.cosine_similarity(*parts, dim=0))
+        left, right = one.id_cond[0, 0, :32], other.id_cond[0, 0, :32]
+        return float(torch.nn.functional.cosine_similarity(left, right, dim=0))
 
-    print(
-        f"crop: same person {distance(right_crop, alone_crop):.1f}, other {distance(left_crop, alone_crop):.1f}"
-    )
-    print(f"embedding: same person {cosine(right, alone):.3f}, other {cosine(left, alone):.3f}")
-    assert distance(right_crop, alone_crop) < 10 < distance(left_crop, alone_crop)
+    same, other = distance(right_crop, alone_crop), distance(left_crop, alone_crop)
+    report(f"mean difference of the crops: same person {same:.1f}, another {other:.1f}")
+    report(f"embedding: same person {cosine(right, alone):.3f}, other {cosine(left, alone):.3f}")
+    assert same < 10 < other
     assert cosine(right, alone) > 0.97 > cosine(left, alone)
 
 
@@ -137,7 +140,12 @@ def test_a_parser_of_another_shape_is_refused(
 
 def test_a_large_photo_is_shrunk_first(encoder: IdentityEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
-    monkeypatch.setattr(encoder.detector, "detect", lambda image: seen.append(image.shape) or [])
+
+    def detect(image: Image) -> list[Face]:
+        seen.append(image.shape)
+        return []
+
+    monkeypatch.setattr(encoder.detector, "detect", detect)
     with pytest.raises(PhotoError, match="no face"):
         encoder.encode(np.zeros((2048, 1000, 3), np.uint8))
     assert seen == [(1024, 500, 3)], "and nothing else is tried"

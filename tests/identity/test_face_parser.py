@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,13 @@ from proteus_deploy.identity.encoder import normalise_parser_input, normalise_to
 from proteus_deploy.identity.face_parser import BiSeNet, BiSeNetSizes, keep_face, load_face_parser
 
 
-def test_logits_are_those_of_the_public_network(golden: Path) -> None:
+def test_logits_are_those_of_the_public_network(golden: Path, report: Callable[[str], None]) -> None:
     parser = load_face_parser(golden / "face_parser_weights.safetensors")
     expected = load_file(golden / "face_parser_expected.safetensors")
     logits = parser(face=expected["face"])["logits"]
     assert logits.shape == (2, 19, 64, 96)
     error = (logits[:, :, ::4, ::4] - expected["logits_every_4"]).abs().max().item()
-    print(f"logits: max error {error:.1e} of values to {expected['logits_every_4'].abs().max():.1f}")
+    report(f"logits: max error {error:.1e} of values to {expected['logits_every_4'].abs().max():.1f}")
     assert error < 1e-5
 
 
@@ -29,7 +30,9 @@ def test_the_real_network_has_the_published_size() -> None:
     assert sum(parameter.numel() for parameter in parser.parameters()) == 13_300_416 - heads
 
 
-def test_masking_resize_and_normalisation_are_the_published_ones(golden: Path) -> None:
+def test_masking_resize_and_normalisation_are_the_published_ones(
+    golden: Path, report: Callable[[str], None]
+) -> None:
     expected = load_file(golden / "masking_expected.safetensors")
     logits = torch.nn.functional.one_hot(expected["labels"][:, 0], 19).permute(0, 3, 1, 2).float()
     grey, colour = keep_face(expected["pixels"], logits)
@@ -40,7 +43,7 @@ def test_masking_resize_and_normalisation_are_the_published_ones(golden: Path) -
         ("tower_input", normalise_tower_input(grey, 28)),
     ):
         error = (found - expected[name]).abs().max().item()
-        print(f"{name}: max error {error:.1e}")
+        report(f"{name}: max error {error:.1e}")
         assert error < 1e-6, name
 
 

@@ -20,7 +20,7 @@ WEIGHTS = "image_tower_weights.safetensors"
 NAMES = ["pooled", *(f"hidden_{depth}" for depth in range(5))]
 
 
-def test_outputs_are_those_of_the_public_network(golden: Path) -> None:
+def test_outputs_are_those_of_the_public_network(golden: Path, report: Callable[[str], None]) -> None:
     tower = load_image_tower(golden / WEIGHTS)
     expected = load_file(golden / "image_tower_expected.safetensors")
     outputs = tower(face=expected.pop("face"))
@@ -28,7 +28,7 @@ def test_outputs_are_those_of_the_public_network(golden: Path) -> None:
     for name in NAMES:
         # States grow with depth, so the error is taken relative to their size.
         error = ((outputs[name] - expected[name]).abs().max() / expected[name].std()).item()
-        print(f"{name}: max error {error:.1e} standard deviations")
+        report(f"{name}: max error {error:.1e} standard deviations")
         assert error < 1e-5, name
 
 
@@ -128,7 +128,9 @@ def test_a_shallow_tower_needs_a_config(tiny_checkpoint: Path, tmp_path: Path) -
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_both_networks_export_to_onnx(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_both_networks_export_to_onnx(
+    tiny_checkpoint: Path, tmp_path: Path, report: Callable[[str], None]
+) -> None:
     folder = tiny_checkpoint / "face_encoder"
     tower = load_image_tower(folder / "EVA02_CLIP_L_336_psz14_s6B.safetensors")
     parser = load_face_parser(folder / "parsing_bisenet.safetensors")
@@ -151,5 +153,5 @@ def test_both_networks_export_to_onnx(tiny_checkpoint: Path, tmp_path: Path) -> 
         expected = network(face=face)
         for name, value in zip(names, found, strict=True):
             error = np.abs(value - expected[name].numpy()).max()
-            print(f"{name}: max error {error:.1e}")
+            report(f"{name}: max error {error:.1e}")
             assert error < 1e-4, name

@@ -20,8 +20,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def gradient(height: int = 6, width: int = 9) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    values = np.arange(height * width * 3, dtype=np.uint8).reshape(height, width, 3)
-    return values
+    return np.arange(height * width * 3, dtype=np.uint8).reshape(height, width, 3)
 
 
 def test_every_kind_of_source_gives_the_same_pixels(tmp_path: Path) -> None:
@@ -75,8 +74,8 @@ def test_palette_with_a_transparent_colour() -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bits_are_scaled_not_clipped(kind: str) -> None:
-    values = np.array([[0, 128, 257, 32768, 65535]], dtype=np.uint16)
-    expected = [0, 0, 1, 128, 255]
+    values = np.array([[0, 128, 200, 257, 32768, 65535]], dtype=np.uint16)
+    expected = [0, 0, 1, 1, 128, 255]
     assert open_photo(encoded(Image.fromarray(values), kind))[0, :, 0].tolist() == expected
     assert open_photo(values)[0, :, 2].tolist() == expected
 

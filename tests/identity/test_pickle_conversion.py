@@ -70,7 +70,7 @@ def test_code_in_a_pickle_is_never_run(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"no pickle", "will not be loaded|can't be read"),
+        (b"no pickle", r"will not be loaded|can't be read"),
         (b"PK\x03\x04x", "can't be read"),
     ],
 )
@@ -92,7 +92,7 @@ def test_nothing_to_convert(tmp_path: Path, document: object) -> None:
 def test_names_that_do_not_fit(tmp_path: Path) -> None:
     file = tmp_path / "net.pt"
     torch.save(state(), file)
-    with pytest.raises(InputError, match="does not end in .safetensors"):
+    with pytest.raises(InputError, match=r"does not end in \.safetensors"):
         convert(file, tmp_path / "net.onnx")
     with pytest.raises(InputError, match="not a file ending in"):
         convert(tmp_path / "net.safetensors")

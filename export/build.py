@@ -1,0 +1,173 @@
+"""Every graph of a bundle to TensorRT engines of one target: a folder that is whole or absent."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from proteus_deploy._files import _sync_directory
+from proteus_deploy.bundle import ENGINES, MANIFEST, Bundle, EngineSet, write_engine_manifest
+from proteus_deploy.errors import BundleError, InputError
+from proteus_deploy.export.engine_cache import EngineCache
+from proteus_deploy.export.tensorrt_api import EngineOptions, TensorRT
+from proteus_deploy.export.tensorrt_engine import build_engine
+from proteus_deploy.stages import Graph
+
+DEFAULT_FLAVOUR = "tensorrt_rtx"
+OnGraph = Callable[[str, Mapping[str, Any] | None], None]
+
+_PARTIAL = ".partial-"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def build_bundle(
+    bundle: Bundle,
+    target: str,
+    *,
+    flavour: str | None = None,
+    stages: Sequence[str] | None = None,
+    options: EngineOptions | None = None,
+    cache: EngineCache | None = None,
+    force_memory: bool = False,
+    progress: OnGraph | None = None,
+) -> EngineSet:
+    """Build engines into `bundle.folder/engines/<target>/` and return them.
+
+    stages: only these; engines of other stages stay when they were built from the same export by the same
+    package with the same options. progress: called with (graph, None) before a build, (graph, record) after.
+
+    The folder is replaced in one rename: a process killed at any moment leaves the old engines or the new.
+    Raises InputError, BundleError or BackendError; then nothing is changed.
+    """
+    api = TensorRT.load(flavour or DEFAULT_FLAVOUR)
+    target = api.resolve_target(target)
+    options = options or EngineOptions()
+    api.check_options(options)
+    graphs = select_graphs(bundle, stages)
+    report = progress or _no_progress
+    document: dict[str, Any] = {
+        "target": target,
+        "flavour": api.flavour,
+        "version": api.version,
+        "options": options.to_json(),
+    }
+    final = bundle.folder / ENGINES / target
+    with _locked(final.parent):
+        _refuse_foreign(final)
+        partial = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{target}-", dir=final.parent))
+        try:
+            started_s = time.monotonic()
+            records = {} if stages is None else _keep(bundle, document, graphs, partial)
+            for graph in graphs:
+                report(graph.name, None)
+                record = build_engine(
+                    bundle.onnx_file(graph.name),
+                    graph,
+                    bundle.table,
+                    target,
+                    api=api,
+                    destination=partial / f"{graph.name}.engine",
+                    dtype=bundle.dtype,
+                    options=options,
+                    cache=cache,
+                    force_memory=force_memory,
+                )
+                records[graph.name] = {"stage": graph.stage, **record}
+                report(graph.name, records[graph.name])
+            seconds = round(time.monotonic() - started_s, 3)
+            write_engine_manifest(partial, bundle, {**document, "seconds": seconds, "graphs": records})
+            partial.chmod(0o755)
+            _publish(partial, final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return bundle.engines(target)
+
+
+def select_graphs(bundle: Bundle, stages: Sequence[str] | None) -> list[Graph]:
+    """Graphs of the named stages, all for None. Raises InputError for a stage that the bundle hasn't."""
+    for stage in stages or ():
+        if stage not in bundle.table.stages:
+            raise InputError(
+                f"no stage {stage!r} in {bundle.folder}; it has {', '.join(bundle.table.stages)}"
+            )
+    return [graph for graph in bundle.table.graphs if stages is None or graph.stage in stages]
+
+
+def _no_progress(_graph: str, _record: Mapping[str, Any] | None) -> None:
+    pass
+
+
+def _keep(
+    bundle: Bundle, document: Mapping[str, Any], graphs: Sequence[Graph], folder: Path
+) -> dict[str, dict[str, Any]]:
+    """Link into `folder` the earlier engines that fit those to be built now; their records."""
+    try:
+        earlier = bundle.engines(document["target"])
+    except BundleError:
+        return {}
+    if any(earlier.document.get(field) != value for field, value in document.items()):
+        return {}
+    built_now = {graph.name for graph in graphs}
+    records = {name: dict(record) for name, record in earlier.graphs.items() if name not in built_now}
+    for name in records:
+        for file in earlier.folder.glob(f"{name}.*"):
+            os.link(file, folder / file.name)
+    return records
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Only one build at a time writes below `folder`; what killed builds left there is removed."""
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another build is writing into {folder}; wait until it is done") from None
+        for stale in folder.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(stale)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_foreign(final: Path) -> None:
+    ours = (final / MANIFEST).is_file() or (final.is_dir() and not any(final.iterdir()))
+    if final.exists() and not ours:
+        raise InputError(f"{final} exists and holds no engines of ours; move it away, then build again")
+
+
+def _publish(partial: Path, final: Path) -> None:
+    """Let `partial` become `final`; the engines that were there end up under the partial's name."""
+    if not final.exists():
+        partial.rename(final)
+    elif not _exchange(partial, final):
+        # Not atomic: killed between the two, there are no engines of this target until the next build.
+        old = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}old-", dir=final.parent))
+        os.replace(final, old)
+        os.replace(partial, final)
+        shutil.rmtree(old)
+    _sync_directory(final.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where the file system or the C library can't."""
+    library = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(library, "renameat2"):
+        return False
+    if library.renameat2(_AT_FDCWD, bytes(one), _AT_FDCWD, bytes(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(one))

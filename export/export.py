@@ -1,0 +1,188 @@
+"""Checkpoint -> bundle: every graph as ONNX, everything else the pipeline needs, and a recorded reference."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from proteus_deploy._files import atomic_directory, write_json
+from proteus_deploy.bundle import Bundle, write_manifest
+from proteus_deploy.checkpoint import Checkpoint
+from proteus_deploy.errors import InputError
+from proteus_deploy.export.onnx_graph import export_graph, require_onnx
+from proteus_deploy.export.reference import (
+    ReferenceScope,
+    eager_pipeline,
+    load_stages,
+    record_stages,
+    record_video,
+    save_stage,
+    save_video,
+)
+from proteus_deploy.model.networks import NetworkFactory
+from proteus_deploy.runtime.backend import resolve_dtype, short_dtype
+from proteus_deploy.stage_table import ExportRanges, build_stage_table
+from proteus_deploy.stages import StageTable
+
+Report = Callable[[str, int, int], None]
+
+# Above this many bytes of transformer weights a reference run on a CPU takes hours, so it is left to be asked for.
+AUTO_REFERENCE_LIMIT_BYTES = 2 << 30
+_TOKENIZER_FILES = ("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_VERSIONED = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "proteus-deploy")
+
+
+def export_bundle(
+    checkpoint: Checkpoint,
+    destination: Path,
+    *,
+    dtype: str = "fp32",
+    ranges: ExportRanges | None = None,
+    reference: ReferenceScope | Literal["auto"] = "auto",
+    overwrite: bool = False,
+    report: Report | None = None,
+) -> Bundle:
+    """Write a bundle to `destination`, in one rename: it is there whole or not at all.
+
+    dtype: fp32, fp16 or bf16, of weights and activations.
+    reference: what the PyTorch reference records into the bundle for `verify`; "auto" takes "video" for
+    small checkpoints and "none" for large ones, and reports which.
+    report(phase, done, total) is called as the work goes on.
+    Raises CheckpointError, InputError or BackendError.
+    """
+    say: Report = report or (lambda phase, done, total: None)
+    require_onnx()
+    precision = resolve_dtype(dtype)
+    scope = _choose_scope(checkpoint) if reference == "auto" else reference
+    if scope not in ("video", "stages", "none"):
+        raise InputError(f"reference {scope!r} is unknown; choose from auto, video, stages, none")
+    table = build_stage_table(checkpoint, ranges)
+    with atomic_directory(destination, replace=overwrite) as folder:
+        graphs = _export_graphs(checkpoint, table, precision, folder / "onnx", say)
+        _copy_configs(checkpoint, folder)
+        if scope != "none":
+            _record(checkpoint, table, folder / "reference", scope, say)
+        write_manifest(
+            folder,
+            {
+                "checkpoint": {"hash": checkpoint.hash, "lineage": checkpoint.transformer.lineage},
+                "dtype": short_dtype(precision),
+                "stage_table": table.to_json(),
+                "graphs": graphs,
+                "reference": scope,
+                "versions": versions(),
+                "parity": _parity(folder, table, precision, scope, say),
+            },
+        )
+    return Bundle.open(destination)
+
+
+def _choose_scope(checkpoint: Checkpoint) -> ReferenceScope:
+    if checkpoint.random_weights_seed is not None:
+        return "none"
+    size = sum(file.stat().st_size for file in checkpoint.weights("transformer").files)
+    return "video" if size <= AUTO_REFERENCE_LIMIT_BYTES else "none"
+
+
+def _export_graphs(
+    checkpoint: Checkpoint, table: StageTable, dtype: torch.dtype, folder: Path, say: Report
+) -> dict[str, Any]:
+    folder.mkdir()
+    factory = NetworkFactory(checkpoint, folded=True)
+    records = {}
+    for index, graph in enumerate(table.graphs):
+        say("export", index, len(table.graphs))
+        exported = export_graph(
+            graph,
+            table,
+            factory(graph.name),
+            folder / f"{graph.name}.onnx",
+            dtype=dtype,
+        )
+        records[graph.name] = {
+            "file": f"onnx/{graph.name}.onnx",
+            "files": [f"onnx/{name}" for name in exported.files],
+            "dtype": short_dtype(dtype),
+            "opset": exported.opset,
+            "operators": exported.operators,
+        }
+    say("export", len(table.graphs), len(table.graphs))
+    return records
+
+
+def _copy_configs(checkpoint: Checkpoint, folder: Path) -> None:
+    parts = {
+        "transformer": checkpoint.folder / "transformer/config.json",
+        "vae": checkpoint.folder / "vae/config.json",
+        "text_encoder": checkpoint.folder / "text_encoder/config.json",
+        "scheduler": checkpoint.scheduler_file,
+    }
+    from proteus_deploy.weights import read_json
+
+    for name, file in parts.items():
+        write_json(folder / "config" / f"{name}.json", read_json(file))
+    (folder / "tokenizer").mkdir()
+    for name in _TOKENIZER_FILES:
+        if (source := checkpoint.tokenizer / name).is_file():
+            shutil.copyfile(source, folder / "tokenizer" / name)
+    if checkpoint.face_encoder is not None:
+        from proteus_deploy.identity.faces import PACK_FOLDER
+
+        (folder / "face_encoder" / PACK_FOLDER).mkdir(parents=True)
+        for source in sorted((checkpoint.face_encoder / PACK_FOLDER).glob("*.onnx")):
+            shutil.copyfile(source, folder / "face_encoder" / PACK_FOLDER / source.name)
+
+
+def _record(checkpoint: Checkpoint, table: StageTable, folder: Path, scope: ReferenceScope, say: Report) -> None:
+    from proteus_deploy.runtime.eager import EagerBackend
+
+    with torch.inference_mode():
+        for stage in record_stages(table, EagerBackend(checkpoint, table=table), say):
+            save_stage(folder, stage)
+    if scope == "video":
+        with eager_pipeline(checkpoint) as pipeline:
+            save_video(folder, record_video(table, pipeline, say))
+
+
+def _parity(folder: Path, table: StageTable, dtype: torch.dtype, scope: ReferenceScope, say: Report) -> dict[str, Any]:
+    """Largest relative error of each graph under ONNX Runtime; two digits, so that noise isn't recorded."""
+    from proteus_deploy.errors import BackendError
+    from proteus_deploy.export.parity import graph_error
+    from proteus_deploy.runtime.onnxruntime_backend import OnnxRuntimeGraph, open_session
+
+    if scope == "none":
+        return {"status": "not measured", "reason": "exported without a recorded reference"}
+    if dtype == torch.bfloat16:
+        return {"status": "not measured", "reason": "ONNX Runtime's CPU provider has no bfloat16 kernels"}
+    errors: dict[str, float] = {}
+    count = 0
+    runner: OnnxRuntimeGraph | None = None
+    for stage in load_stages(folder / "reference", table):
+        if runner is None or runner.graph != stage.graph:
+            try:
+                runner = OnnxRuntimeGraph(stage.graph, open_session(folder / "onnx" / f"{stage.graph.name}.onnx"))
+            except ImportError:
+                return {"status": "not measured", "reason": "onnxruntime is not installed"}
+            except BackendError as error:
+                raise BackendError(f"the exported graph {stage.graph.name!r} does not load: {error}") from error
+            count += 1
+            say("parity", count, len(table.graphs))
+        worst = max(errors.get(stage.graph.name, 0.0), graph_error(runner, stage, dtype).worst)
+        errors[stage.graph.name] = float(f"{worst:.1e}")
+    return {"status": "measured", "backend": "onnxruntime", "relative_error": errors}
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that shape a bundle's bytes."""
+    found = {}
+    for name in _VERSIONED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found

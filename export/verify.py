@@ -1,0 +1,253 @@
+"""Is a bundle still the model? Every graph and the whole video against the recorded PyTorch reference."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from proteus_deploy.bundle import Bundle
+from proteus_deploy.checkpoint import Checkpoint
+from proteus_deploy.errors import BackendError, InputError
+from proteus_deploy.export.export import versions
+from proteus_deploy.export.parity import graph_error
+from proteus_deploy.export.reference import (
+    StageReference,
+    VideoReference,
+    eager_pipeline,
+    load_stages,
+    load_video,
+    record_stages,
+    record_video,
+)
+from proteus_deploy.pipeline import Pipeline
+from proteus_deploy.runtime import BUNDLE_BACKENDS, CHECKPOINT_BACKENDS, open_bundle_backend
+from proteus_deploy.runtime.backend import resolve_dtype
+from proteus_deploy.testing import TOLERANCES, relative_error
+
+if TYPE_CHECKING:
+    from proteus_deploy.runtime.backend import Backend
+
+Report = Callable[[str, int, int], None]
+Status = Literal["ok", "failed", "not run"]
+
+VIDEO_CHECKS = ("latents", "frames")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison. error and tolerance are relative L2 errors, but for frames: largest absolute difference."""
+
+    backend: str
+    check: str
+    error: float | None
+    tolerance: float
+    status: Status
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    bundle: str
+    dtype: str
+    rows: tuple[Row, ...]
+    versions: Mapping[str, str]
+    machine: Mapping[str, Any]
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Something was compared, and nothing is outside its tolerance."""
+        return any(row.status == "ok" for row in self.rows) and all(row.status != "failed" for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+    def to_markdown(self) -> str:
+        """A table for a report or a pull request."""
+        lines = [f"# Verification of {self.bundle} ({self.dtype})", ""]
+        lines += ["| backend | check | error | tolerance | status | detail |", "|---|---|---|---|---|---|"]
+        lines += [f"| {' | '.join(cells)} |" for cells in self.table()]
+        lines += ["", f"{'Passed' if self.passed else 'FAILED'}. Tolerances:", ""]
+        lines += [f"- {check}: {reason}" for check, reason in self.reasons.items()]
+        return "\n".join(lines) + "\n"
+
+    def table(self) -> list[list[str]]:
+        return [
+            [
+                row.backend,
+                row.check,
+                "" if row.error is None else f"{row.error:.1e}",
+                f"{row.tolerance:.0e}",
+                row.status,
+                row.detail,
+            ]
+            for row in self.rows
+        ]
+
+
+def verify_bundle(
+    bundle: Bundle,
+    backends: Sequence[str],
+    *,
+    checkpoint: Path | None = None,
+    budget: Path | None = None,
+    report: Report | None = None,
+) -> VerificationReport:
+    """Compare each backend with the reference.
+
+    The reference is the one recorded in the bundle, or, given `checkpoint`, computed from it now. The
+    backends eager and compiled run the checkpoint at the bundle's precision, so they need it.
+    budget: JSON {check: tolerance} that replaces entries of the tolerance table.
+    Raises BundleError, InputError or BackendError; figures outside their bounds are rows, not errors.
+    """
+    say: Report = report or (lambda phase, done, total: None)
+    if not backends:
+        raise InputError(f"no backend to verify; choose from {', '.join((*BUNDLE_BACKENDS, *CHECKPOINT_BACKENDS))}")
+    source = Checkpoint.open(checkpoint) if checkpoint is not None else None
+    if source is not None and source.hash != bundle.manifest["checkpoint"]["hash"]:
+        raise InputError(f"{checkpoint} is not the checkpoint this bundle was exported from (hashes differ)")
+    tolerances = _tolerances(bundle, budget)
+    rows: list[Row] = []
+    for name in backends:
+        pipeline = _open(bundle, name, source)
+        with pipeline:
+            rows += _verify_stages(pipeline.backend, name, _stages(bundle, source, say), tolerances, say)
+            rows += _verify_video(pipeline, name, _video(bundle, source, say), tolerances, say)
+    return VerificationReport(
+        bundle=bundle.folder.name,
+        dtype=bundle.dtype,
+        rows=tuple(rows),
+        versions=versions() | _backend_versions(backends),
+        machine={"processor": platform.processor() or platform.machine(), "system": platform.system()},
+        reasons={check: reason for check, (_, reason) in tolerances.items()},
+    )
+
+
+def _open(bundle: Bundle, name: str, checkpoint: Checkpoint | None) -> Pipeline:
+    if name not in CHECKPOINT_BACKENDS:
+        return Pipeline.from_bundle(bundle, backend=name)
+    if checkpoint is None:
+        raise BackendError(f"backend {name!r} runs the checkpoint; pass it with --checkpoint FOLDER")
+    return Pipeline.from_checkpoint(checkpoint.folder, dtype=bundle.dtype, compiled=name == "compiled")
+
+
+def _stages(bundle: Bundle, checkpoint: Checkpoint | None, say: Report) -> Iterator[StageReference]:
+    if checkpoint is None:
+        yield from load_stages(bundle.folder / "reference", bundle.table)
+        return
+    from proteus_deploy.runtime.eager import EagerBackend
+
+    with torch.inference_mode():
+        yield from record_stages(bundle.table, EagerBackend(checkpoint, table=bundle.table), say)
+
+
+def _video(bundle: Bundle, checkpoint: Checkpoint | None, say: Report) -> VideoReference | None:
+    if checkpoint is None:
+        return load_video(bundle.folder / "reference")
+    with eager_pipeline(checkpoint) as pipeline:
+        return record_video(bundle.table, pipeline, say)
+
+
+def _verify_stages(
+    backend: Backend,
+    name: str,
+    references: Iterator[StageReference],
+    tolerances: Mapping[str, tuple[float, str]],
+    say: Report,
+) -> Iterator[Row]:
+    tolerance = tolerances["graph"][0]
+    worst: dict[str, tuple[float, str]] = {}
+    graphs = [graph.name for graph in backend.table.graphs]
+    for stage in references:
+        graph = stage.graph.name
+        error = graph_error(backend.runner(graph), stage, backend.dtype)
+        if graph not in worst or error.worst > worst[graph][0]:
+            worst[graph] = error.worst, f"{error.worst_output} at the {stage.sizes} sizes"
+        say(f"verify {name}", graphs.index(graph) + 1, len(graphs))
+    for graph, (error_value, detail) in worst.items():
+        bound = tolerances.get(graph, (tolerance, ""))[0]
+        yield Row(name, graph, error_value, bound, _status(error_value, bound), detail)
+
+
+def _verify_video(
+    pipeline: Pipeline,
+    name: str,
+    reference: VideoReference | None,
+    tolerances: Mapping[str, tuple[float, str]],
+    say: Report,
+) -> Iterator[Row]:
+    if reference is None:
+        for check in VIDEO_CHECKS:
+            yield Row(name, f"video {check}", None, tolerances[check][0], "not run", "no reference video was recorded")
+        return
+    errors: list[float] = []
+
+    def compare(index: int, latents: torch.Tensor) -> None:
+        errors.append(relative_error(latents, reference.latents[index]))
+        say(f"video {name}", index + 1, len(reference.latents))
+
+    video = pipeline.generate(
+        reference.request,
+        initial_latents=reference.initial_latents,
+        on_step=lambda event: compare(event.index, event.latents),
+    )
+    worst = max(errors)
+    bound = tolerances["latents"][0]
+    detail = f"worst of {len(errors)} steps: step {errors.index(worst) + 1}"
+    yield Row(name, "video latents", worst, bound, _status(worst, bound), detail)
+    largest = float((video.frames - reference.frames).abs().max())
+    bound = tolerances["frames"][0]
+    shape = "x".join(map(str, video.frames.shape[1:]))
+    yield Row(name, "video frames", largest, bound, _status(largest, bound), f"largest difference of {shape} values in 0..1")
+
+
+def _status(error: float, tolerance: float) -> Status:
+    # NaN compares false with everything, so it fails here.
+    return "ok" if error <= tolerance else "failed"
+
+
+def _tolerances(bundle: Bundle, budget: Path | None) -> dict[str, tuple[float, str]]:
+    """{check: (bound, reason)} for the bundle's precision, with the budget's entries in place of the table's."""
+    table = {check: TOLERANCES["bundle", check, bundle.dtype] for check in ("graph", *VIDEO_CHECKS)}
+    found = {check: (entry.bound, entry.reason) for check, entry in table.items()}
+    if budget is None:
+        return found
+    graphs = [graph.name for graph in bundle.table.graphs]
+    for check, bound in _read_budget(budget).items():
+        if check not in found and check not in graphs:
+            raise InputError(f"{budget}: {check!r} is not a check; known are {', '.join([*found, *graphs])}")
+        found[check] = bound, f"from {budget.name}"
+    return found
+
+
+def _read_budget(file: Path) -> dict[str, float]:
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"budget {file} is not readable JSON ({error})") from error
+    is_bounds = isinstance(document, dict) and all(
+        isinstance(bound, int | float) and not isinstance(bound, bool) and bound > 0 for bound in document.values()
+    )
+    if not is_bounds:
+        raise InputError(f"budget {file} must be a JSON object of checks and positive bounds, like {{\"denoiser\": 1e-4}}")
+    return {check: float(bound) for check, bound in document.items()}
+
+
+def _backend_versions(backends: Sequence[str]) -> dict[str, str]:
+    import importlib.metadata
+
+    packages = {"onnxruntime": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt"}
+    found = {}
+    for name in backends:
+        if name in packages:
+            try:
+                found[packages[name]] = importlib.metadata.version(packages[name])
+            except importlib.metadata.PackageNotFoundError:
+                found[packages[name]] = "absent"
+    return found

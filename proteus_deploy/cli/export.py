@@ -1,0 +1,72 @@
+"""`proteus-deploy export`: a checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+NAME = "export"
+HELP = "write every network of a checkpoint as ONNX: a bundle that runs without the checkpoint"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder in the published layout")
+    parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="where the bundle goes")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="weights and activations (fp32)")
+    parser.add_argument("--max-height", type=int, metavar="PIXELS", help="largest height to serve")
+    parser.add_argument("--max-width", type=int, metavar="PIXELS", help="largest width to serve")
+    parser.add_argument("--max-num-frames", type=int, metavar="N", help="longest video to serve (twice the sample's)")
+    parser.add_argument("--max-videos", type=int, default=1, metavar="N", help="videos in one batch (1)")
+    parser.add_argument(
+        "--reference",
+        choices=("auto", "video", "stages", "none"),
+        default="auto",
+        help="what the PyTorch reference records for `verify`; auto: video for small checkpoints, none for large",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR, once the new bundle is whole")
+    parser.add_argument(
+        "--random-weights",
+        type=int,
+        metavar="SEED",
+        help="ignore weight files and make weights up: measures the export of a config",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from proteus_deploy.checkpoint import Checkpoint
+    from proteus_deploy.cli.output import print_json, print_table
+    from proteus_deploy.cli.progress import PhaseProgress
+    from proteus_deploy.export.export import export_bundle
+    from proteus_deploy.stage_table import ExportRanges
+
+    checkpoint = Checkpoint.open(arguments.checkpoint, random_weights_seed=arguments.random_weights)
+    ranges = ExportRanges(
+        arguments.max_height, arguments.max_width, arguments.max_num_frames, arguments.max_videos
+    )
+    with PhaseProgress() as report:
+        bundle = export_bundle(
+            checkpoint,
+            arguments.output_dir,
+            dtype=arguments.dtype,
+            ranges=ranges,
+            reference=arguments.reference,
+            overwrite=arguments.overwrite,
+            report=report,
+        )
+    parity = bundle.manifest["parity"]
+    if arguments.json:
+        print_json({"bundle": str(bundle.folder), "hash": bundle.hash, "dtype": bundle.dtype, "parity": parity})
+        return 0
+    errors = parity.get("relative_error", {})
+    rows = []
+    for graph in bundle.table.graphs:
+        record = bundle.manifest["graphs"][graph.name]
+        size = sum(bundle.manifest["files"][name]["bytes"] for name in record["files"])
+        error = f"{errors[graph.name]:.1e}" if graph.name in errors else "not measured"
+        rows.append([graph.name, str(sum(record["operators"].values())), f"{size / 2**20:.1f}", error])
+    print_table(["graph", "nodes", "MiB", "error under ONNX Runtime"], rows)
+    if parity["status"] != "measured":
+        print(f"parity was not measured: {parity['reason']}")
+    print(f"{bundle.folder} ({bundle.dtype})")
+    return 0

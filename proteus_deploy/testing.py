@@ -1,0 +1,147 @@
+"""How two results are compared, and how far apart they may be: one function, one table.
+
+Tests and `proteus-deploy verify` read the same table, so that no bound is softer in one place than in the
+other. A bound is relative (‖got - want‖ / ‖want‖ over the whole tensor) or absolute (largest difference).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["TOLERANCES", "Tolerance", "absolute_error", "assert_close", "measured_error", "relative_error"]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest error that counts as equal, and why it is this one."""
+
+    bound: float
+    kind: Literal["relative", "absolute"]
+    reason: str
+
+
+TOLERANCES: Mapping[tuple[str, ...], Tolerance] = {
+    ("parity", "transformer"): Tolerance(
+        1e-5,
+        "relative",
+        "the published code and ours order the same float32 sums differently; 4e-7 is usual",
+    ),
+    ("parity", "latents"): Tolerance(
+        1e-4, "relative", "rounding of one step grows over the steps of a schedule; 2e-6 is usual"
+    ),
+    ("parity", "frames"): Tolerance(
+        2e-3, "absolute", "half of one 8-bit level in [0, 1]: a viewer's file can't differ by more than one"
+    ),
+    ("backbone", "transformer"): Tolerance(
+        1e-5, "relative", "diffusers' CogVideoX transformer in float32, as for the published code"
+    ),
+    ("consisid", "transformer"): Tolerance(
+        1e-5, "relative", "diffusers' ConsisID transformer in float32, as for the published code"
+    ),
+    ("consisid", "latents"): Tolerance(
+        1e-4, "relative", "a whole run of diffusers' ConsisID pipeline, as for the published code"
+    ),
+    ("onnx", "transformer", "fp32"): Tolerance(
+        1e-4, "relative", "another runtime fuses and reorders float32 sums; anything wired wrongly is above 1e-2"
+    ),
+    ("onnx", "frames", "fp32"): Tolerance(
+        2e-3, "absolute", "half of one 8-bit level in [0, 1], as for the published code"
+    ),
+    ("bundle", "graph", "fp32"): Tolerance(
+        1e-4, "relative", "another runtime fuses and reorders float32 sums; a wrong wiring is above 1e-2"
+    ),
+    ("bundle", "latents", "fp32"): Tolerance(
+        1e-3, "relative", "ten times the bound of one graph: the error of each step is carried into the next"
+    ),
+    ("bundle", "frames", "fp32"): Tolerance(
+        2e-3, "absolute", "half of one 8-bit level in [0, 1], as for the published code"
+    ),
+    ("bundle", "graph", "fp16"): Tolerance(
+        5e-3, "relative", "half precision rounds at 5e-4; ten roundings deep along the longest path"
+    ),
+    ("bundle", "latents", "fp16"): Tolerance(
+        5e-2, "relative", "ten times the bound of one graph: the error of each step is carried into the next"
+    ),
+    ("bundle", "frames", "fp16"): Tolerance(
+        5e-2, "absolute", "the single worst pixel of a video of half-precision latents, not the typical one"
+    ),
+    ("bundle", "graph", "bf16"): Tolerance(
+        5e-2, "relative", "bfloat16 rounds at 4e-3; ten roundings deep along the longest path"
+    ),
+    ("bundle", "latents", "bf16"): Tolerance(
+        5e-1, "relative", "ten times the bound of one graph: the error of each step is carried into the next"
+    ),
+    ("bundle", "frames", "bf16"): Tolerance(
+        5e-1, "absolute", "the single worst pixel of a video of bfloat16 latents, not the typical one"
+    ),
+    ("batch", "latents"): Tolerance(
+        1e-5, "relative", "matrix products of another batch size round differently, and nothing else changes"
+    ),
+    ("vae", "frames"): Tolerance(
+        1e-5, "absolute", "the same convolutions on the same chunks and tiles; only the blending is reordered"
+    ),
+    ("kernel", "float64"): Tolerance(
+        1e-12, "relative", "two exactly equal forms: what remains is float64 rounding, 1e-15 a product"
+    ),
+    ("kernel", "float32"): Tolerance(
+        2e-6, "relative", "float32 against float64: 6e-8 a product, summed over a few hundred of them"
+    ),
+    ("kernel", "bfloat16"): Tolerance(
+        1e-2, "relative", "bfloat16 against float64: 4e-3 a rounding, as the unfolded form has too"
+    ),
+}
+
+
+def relative_error(got: Any, want: Any) -> float:
+    """‖got - want‖ / ‖want‖ in float64; NaN where a number is not finite, infinity where want is zero.
+
+    Takes tensors and arrays. Raises ValueError when the shapes differ.
+    """
+    first, second = _pair(got, want)
+    difference, size = (first - second).norm().item(), second.norm().item()
+    if size == 0:
+        return 0.0 if difference == 0 else float("inf") if difference > 0 else float("nan")
+    return float(difference / size)
+
+
+def absolute_error(got: Any, want: Any) -> float:
+    """The largest |got - want|, NaN where a number is not finite. Raises ValueError when shapes differ."""
+    first, second = _pair(got, want)
+    return float((first - second).abs().max().item()) if first.numel() else 0.0
+
+
+def measured_error(got: Any, want: Any, tolerance: Tolerance) -> float:
+    """The error of the kind that `tolerance` bounds."""
+    return relative_error(got, want) if tolerance.kind == "relative" else absolute_error(got, want)
+
+
+def assert_close(name: str, got: Any, want: Any, tolerance: Tolerance) -> float:
+    """Compare, print the error even when it passes, and return it.
+
+    Raises AssertionError that names the result, the error, the bound and its reason. A NaN never passes.
+    """
+    try:
+        error = measured_error(got, want, tolerance)
+    except ValueError as mismatch:
+        raise AssertionError(f"{name}: {mismatch}") from mismatch
+    sys.stdout.write(f"{name}: {tolerance.kind} error {error:.3g}, at most {tolerance.bound:g}\n")
+    if not error <= tolerance.bound:
+        raise AssertionError(
+            f"{name}: {tolerance.kind} error {error:.3g} is above {tolerance.bound:g} ({tolerance.reason})"
+        )
+    return error
+
+
+def _pair(got: Any, want: Any) -> tuple[Tensor, Tensor]:
+    import torch
+
+    first, second = (torch.as_tensor(value).detach().cpu().double() for value in (got, want))
+    if first.shape != second.shape:
+        raise ValueError(f"the shape is {list(first.shape)}, expected {list(second.shape)}")
+    return first, second

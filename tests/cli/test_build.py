@@ -1,0 +1,112 @@
+"""`proteus-deploy build` from the command line to the table."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from proteus_deploy.bundle import Bundle
+from proteus_deploy.cli import build
+from proteus_deploy.cli import main as cli
+from proteus_deploy.cli.main import Command
+from proteus_deploy.export import tensorrt_api
+
+pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+pytest.importorskip("onnx", reason="onnx is not installed")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    commands: dict[str, Command] = {"build": build}
+    monkeypatch.setattr(cli, "load_commands", lambda: commands)
+    monkeypatch.setattr(tensorrt_api, "current_gpu", lambda index=0: None)
+    monkeypatch.setenv("PROTEUS_DEPLOY_CACHE", str(tmp_path / "cache"))
+    made = runpy.run_path(str(repository / "tests/export/conftest.py"))["make_bundle"](tmp_path / "bundle")
+    assert isinstance(made, Bundle)
+    return made
+
+
+def test_table_and_progress(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["build", str(bundle.folder), "--target", "sm89", "--target", "sm120"]) == 0
+    output = capsys.readouterr()
+    lines = output.out.splitlines()
+    assert lines[0].split() == ["graph", "target", "MiB", "seconds", "status"]
+    assert sum(line.endswith("built, not run") for line in lines) == 6
+    assert re.search(r"^first +sm89 +0\.\d +\d+\.\d +built, not run$", output.out, re.MULTILINE)
+    assert lines[-2:] == [f"wrote {bundle.folder}/engines/sm89", f"wrote {bundle.folder}/engines/sm120"]
+    assert "building: started, 6 engines" in output.err
+    assert "building: done, 6 engines" in output.err
+    assert bundle.targets == ("sm120", "sm89")
+
+
+def test_second_run_comes_from_the_cache(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["build", str(bundle.folder), "--target", "sm89", "--stage", "second"]
+    assert cli.main(command) == 0
+    assert len(list((tmp_path / "cache/engines").glob("*.plan"))) == 2
+    capsys.readouterr()
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out.count("built, not run (from the cache)") == 2
+    assert cli.main([*command, "--cache-dir", str(tmp_path / "mine")]) == 0
+    assert "from the cache" not in capsys.readouterr().out
+    assert len(list((tmp_path / "mine").glob("*.plan"))) == 2
+
+
+def test_json_document(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [
+        "build",
+        str(bundle.folder),
+        "--target",
+        "sm86",
+        "--no-cache",
+        "--json",
+        "--optimization-level",
+        "1",
+    ]
+    assert cli.main(command) == 0
+    document = json.loads(capsys.readouterr().out)
+    engines = document["targets"]["sm86"]
+    assert engines["options"]["optimization_level"] == 1
+    assert engines["graphs"]["first"]["status"] == "built, not run"
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--target", "sm90"], "--flavour tensorrt"),
+        (["--target", "sm89", "--target", "sm1"], "no target 'sm1'"),
+        (["--target", "current"], "needs a CUDA device"),
+        (["--target", "sm89", "--refit"], "can't make engines with --refit"),
+        (["--target", "sm89", "--strip-weights"], "can't make engines with --strip-weights"),
+        (["--target", "sm89", "--stage", "third"], "no stage 'third'"),
+        (["--target", "sm89", "--optimization-level", "9"], "optimization level 9"),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_is_built(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert cli.main(["build", str(bundle.folder), *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (bundle.folder / "engines").exists()
+
+
+def test_altered_bundle_is_refused(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    with bundle.onnx_file("first").open("ab") as stream:
+        stream.write(b"x")
+    assert cli.main(["build", str(bundle.folder), "--target", "sm89"]) == 2
+    assert "first.onnx has" in capsys.readouterr().err
+
+
+def test_target_is_required(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["build", str(bundle.folder)])
+    assert stopped.value.code == 2
+    assert "--target" in capsys.readouterr().err
