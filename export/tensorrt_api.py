@@ -28,6 +28,7 @@ FLAVOURS = ("tensorrt_rtx", "tensorrt")
 _EXTRAS = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
 _TARGET = re.compile(r"sm[1-9]\d{1,2}")
 _SHOWN_ERRORS = 3
+_NO_DRIVER = "cudaError 35"
 
 # The package's names -> ours, which are those of `--dtype`.
 DTYPES = {
@@ -246,7 +247,9 @@ class TensorRT:
 
     def last_errors(self) -> str:
         """The last messages of severity error, once each, on one line."""
-        return "; ".join(list(dict.fromkeys(self.log.errors))[-_SHOWN_ERRORS:]) or "it gave no reason"
+        # Without a GPU every failed build ends with this complaint, whatever its reason was.
+        telling = [text for text in self.log.errors if _NO_DRIVER not in text] or self.log.errors
+        return "; ".join(list(dict.fromkeys(telling))[-_SHOWN_ERRORS:]) or "it gave no reason"
 
 
 def _new_writer(module: Any, stream: Any) -> Any:

@@ -28,7 +28,7 @@ from proteus_deploy.export.reference import (
 from proteus_deploy.pipeline import Pipeline
 from proteus_deploy.runtime import BUNDLE_BACKENDS, CHECKPOINT_BACKENDS, open_bundle_backend
 from proteus_deploy.runtime.backend import resolve_dtype
-from proteus_deploy.testing import TOLERANCES, relative_error
+from proteus_deploy.testing import TOLERANCES, Tolerance, measured_error, relative_error
 
 if TYPE_CHECKING:
     from proteus_deploy.runtime.backend import Backend
@@ -37,17 +37,19 @@ Report = Callable[[str, int, int], None]
 Status = Literal["ok", "failed", "not run"]
 
 VIDEO_CHECKS = ("latents", "frames")
+HEADERS = ("backend", "check", "error", "tolerance", "kind", "status", "detail")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. error and tolerance are relative L2 errors, but for frames: largest absolute difference."""
+    """One comparison. `kind` says what error and tolerance are: relative L2 error, or largest difference."""
 
     backend: str
     check: str
     error: float | None
     tolerance: float
     status: Status
+    kind: str
     detail: str = ""
 
 
@@ -71,7 +73,7 @@ class VerificationReport:
     def to_markdown(self) -> str:
         """A table for a report or a pull request."""
         lines = [f"# Verification of {self.bundle} ({self.dtype})", ""]
-        lines += ["| backend | check | error | tolerance | status | detail |", "|---|---|---|---|---|---|"]
+        lines += ["| " + " | ".join(HEADERS) + " |", "|---" * len(HEADERS) + "|"]
         lines += [f"| {' | '.join(cells)} |" for cells in self.table()]
         lines += ["", f"{'Passed' if self.passed else 'FAILED'}. Tolerances:", ""]
         lines += [f"- {check}: {reason}" for check, reason in self.reasons.items()]
@@ -84,6 +86,7 @@ class VerificationReport:
                 row.check,
                 "" if row.error is None else f"{row.error:.1e}",
                 f"{row.tolerance:.0e}",
+                row.kind,
                 row.status,
                 row.detail,
             ]
@@ -125,7 +128,7 @@ def verify_bundle(
         rows=tuple(rows),
         versions=versions() | _backend_versions(backends),
         machine={"processor": platform.processor() or platform.machine(), "system": platform.system()},
-        reasons={check: reason for check, (_, reason) in tolerances.items()},
+        reasons={check: entry.reason for check, entry in tolerances.items()},
     )
 
 
@@ -158,10 +161,9 @@ def _verify_stages(
     backend: Backend,
     name: str,
     references: Iterator[StageReference],
-    tolerances: Mapping[str, tuple[float, str]],
+    tolerances: Mapping[str, Tolerance],
     say: Report,
 ) -> Iterator[Row]:
-    tolerance = tolerances["graph"][0]
     worst: dict[str, tuple[float, str]] = {}
     graphs = [graph.name for graph in backend.table.graphs]
     for stage in references:
@@ -171,20 +173,19 @@ def _verify_stages(
             worst[graph] = error.worst, f"{error.worst_output} at the {stage.sizes} sizes"
         say(f"verify {name}", graphs.index(graph) + 1, len(graphs))
     for graph, (error_value, detail) in worst.items():
-        bound = tolerances.get(graph, (tolerance, ""))[0]
-        yield Row(name, graph, error_value, bound, _status(error_value, bound), detail)
+        yield _row(name, graph, error_value, tolerances.get(graph, tolerances["graph"]), detail)
 
 
 def _verify_video(
     pipeline: Pipeline,
     name: str,
     reference: VideoReference | None,
-    tolerances: Mapping[str, tuple[float, str]],
+    tolerances: Mapping[str, Tolerance],
     say: Report,
 ) -> Iterator[Row]:
     if reference is None:
         for check in VIDEO_CHECKS:
-            yield Row(name, f"video {check}", None, tolerances[check][0], "not run", "no reference video was recorded")
+            yield _row(name, f"video {check}", None, tolerances[check], "no reference video was recorded")
         return
     errors: list[float] = []
 
@@ -198,31 +199,32 @@ def _verify_video(
         on_step=lambda event: compare(event.index, event.latents),
     )
     worst = max(errors)
-    bound = tolerances["latents"][0]
     detail = f"worst of {len(errors)} steps: step {errors.index(worst) + 1}"
-    yield Row(name, "video latents", worst, bound, _status(worst, bound), detail)
-    largest = float((video.frames - reference.frames).abs().max())
-    bound = tolerances["frames"][0]
+    yield _row(name, "video latents", worst, tolerances["latents"], detail)
     shape = "x".join(map(str, video.frames.shape[1:]))
-    yield Row(name, "video frames", largest, bound, _status(largest, bound), f"largest difference of {shape} values in 0..1")
+    error = measured_error(video.frames, reference.frames, tolerances["frames"])
+    yield _row(name, "video frames", error, tolerances["frames"], f"{shape} values in 0..1")
 
 
-def _status(error: float, tolerance: float) -> Status:
-    # NaN compares false with everything, so it fails here.
-    return "ok" if error <= tolerance else "failed"
+def _row(backend: str, check: str, error: float | None, tolerance: Tolerance, detail: str) -> Row:
+    status: Status = "not run"
+    if error is not None:
+        # NaN compares false with everything, so it fails here.
+        status = "ok" if error <= tolerance.bound else "failed"
+    return Row(backend, check, error, tolerance.bound, status, tolerance.kind, detail)
 
 
-def _tolerances(bundle: Bundle, budget: Path | None) -> dict[str, tuple[float, str]]:
+def _tolerances(bundle: Bundle, budget: Path | None) -> dict[str, Tolerance]:
     """{check: (bound, reason)} for the bundle's precision, with the budget's entries in place of the table's."""
-    table = {check: TOLERANCES["bundle", check, bundle.dtype] for check in ("graph", *VIDEO_CHECKS)}
-    found = {check: (entry.bound, entry.reason) for check, entry in table.items()}
+    found = {check: TOLERANCES["bundle", check, bundle.dtype] for check in ("graph", *VIDEO_CHECKS)}
     if budget is None:
         return found
     graphs = [graph.name for graph in bundle.table.graphs]
     for check, bound in _read_budget(budget).items():
         if check not in found and check not in graphs:
             raise InputError(f"{budget}: {check!r} is not a check; known are {', '.join([*found, *graphs])}")
-        found[check] = bound, f"from {budget.name}"
+        kind = found[check if check in found else "graph"].kind
+        found[check] = Tolerance(bound, kind, f"from {budget.name}")
     return found
 
 

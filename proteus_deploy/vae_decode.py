@@ -149,7 +149,7 @@ class _Edges:
     def blend(self, pixels: Tensor, top: int, left: int) -> None:
         if left == 0:
             self._left = None
-        if top > 0:
+        if top > 0 and self.rows:
             _ramp(self._above[left], pixels, self.rows, dim=-2)
         if self._left is not None:
             _ramp(self._left, pixels, self.columns, dim=-1)

@@ -1,8 +1,9 @@
-"""Shared fixtures: the same random numbers in every test, GPU tests skipped with a reason, small checkpoints."""
+"""Shared fixtures: the same random numbers in every test, GPU tests skipped, small checkpoints."""
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from proteus_deploy import GenerateRequest, IdentityFeatures, Pipeline
+
+# Tensors in tests are tiny: a second thread only waits, and on a busy machine for ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Derandomized and without a database: a test fails for everyone or for nobody. No deadline: timings on a
 # busy machine say nothing about the code.

@@ -37,6 +37,10 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # type: ignore[no-any-return]
 
 
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def identity_attention(
     hidden: Tensor,
     key: Tensor,
@@ -59,7 +63,7 @@ def identity_attention(
     query = split_heads(F.linear(normed, query_weight), heads)
     k, v = split_heads(key, heads), split_heads(value, heads)
     scores = query @ k.transpose(-1, -2) * k.shape[-1] ** -0.5
-    weights = torch.softmax(scores.float(), dim=-1).to(value.dtype)
+    weights = torch.softmax(_at_least_float32(scores), dim=-1).to(value.dtype)
     attended = (weights @ v).transpose(1, 2).flatten(2)
     return hidden + gate.to(hidden.dtype) * F.linear(attended, out_weight)
 
@@ -96,5 +100,5 @@ def folded_identity_attention(
     """The folded form: two matrix products a token. Same arguments and result as identity_attention."""
     normed = F.layer_norm(hidden, hidden.shape[-1:], None, None, eps)
     scores = (normed @ folded.A + folded.a0).unflatten(-1, (heads, -1))
-    weights = torch.softmax(scores.float(), dim=-1).to(hidden.dtype).flatten(-2)
+    weights = torch.softmax(_at_least_float32(scores), dim=-1).to(hidden.dtype).flatten(-2)
     return hidden + gate.to(hidden.dtype) * (weights @ folded.Bm)

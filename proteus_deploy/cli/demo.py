@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import tempfile
 import time
@@ -170,7 +171,10 @@ def _existing_checkpoint(folder: Path, mark: Mapping[str, Any] | None) -> Checkp
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        # Out of its name in one step: killed half way, no part of a folder stands for the whole.
+        doomed = path.with_name(f".partial-{path.name}-{os.getpid()}-old")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
     else:
         path.unlink(missing_ok=True)
 

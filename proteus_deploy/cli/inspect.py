@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ NAME = "inspect"
 HELP = "say what a checkpoint or a bundle holds"
 
 _MIB = 1 << 20
+_NUMBER = re.compile(r"_\d+$")
 _HEADER_LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 # Which stage a key of the published files belongs to; the rest of a component is its last entry.
@@ -189,13 +192,19 @@ def _graph(bundle: Bundle, graph: Graph) -> dict[str, Any]:
         "graph": graph.name,
         "stage": graph.stage,
         "bytes": sum(bundle.manifest["files"][name]["bytes"] for name in record["files"]),
-        "inputs": [_contract(spec) for spec in graph.inputs],
-        "outputs": [_contract(spec) for spec in graph.outputs],
+        "nodes": sum(record["operators"].values()),
+        "inputs": [_contract(spec, bundle.dtype) for spec in graph.inputs],
+        "outputs": [_contract(spec, bundle.dtype) for spec in graph.outputs],
     }
 
 
-def _contract(spec: TensorSpec) -> str:
-    return f"{spec.name}[{','.join(map(str, spec.axes))}]"
+def _contract(spec: TensorSpec, dtype: str) -> dict[str, Any]:
+    """A symbol in the shape is an axis of the ranges; a contract's "float" is the bundle's precision."""
+    return {
+        "name": spec.name,
+        "shape": list(spec.axes),
+        "dtype": {"float": dtype, "float32": "fp32"}.get(spec.dtype, spec.dtype),
+    }
 
 
 def _target(bundle: Bundle, target: str) -> dict[str, Any]:
@@ -253,16 +262,21 @@ def _print_bundle(document: Mapping[str, Any]) -> None:
     ]
     print_table(("bundle", document["path"]), facts)
     print()
-    rows = [
-        (g["graph"], g["stage"], _size(g["bytes"]), _shorten(g["inputs"]), _shorten(g["outputs"]))
+    rows = [(g["graph"], g["stage"], _size(g["bytes"]), str(g["nodes"])) for g in document["graphs"]]
+    print_table(("graph", "stage", "size", "nodes"), _right(rows, (2, 3)))
+    print()
+    contracts = [
+        (g["graph"], way, name, shape, dtype)
         for g in document["graphs"]
+        for way, tensors in (("in", g["inputs"]), ("out", g["outputs"]))
+        for name, shape, dtype in _collapse(tensors)
     ]
-    print_table(("graph", "stage", "size", "inputs", "outputs"), _right(rows, (2,)))
+    print_table(("graph", "", "tensor", "shape", "dtype"), contracts)
     print()
     ranges = [(r["symbol"], r["meaning"], r["min"], r["opt"], r["max"]) for r in document["ranges"]]
     print_table(("axis", "meaning", "min", "opt", "max"), ranges)
     print()
-    targets = [
+    targets: list[Sequence[object]] = [
         (t["target"], t["engines"], _size(t["bytes"]) if t["usable"] else "", t["status"])
         for t in document["targets"]
     ]
@@ -272,10 +286,17 @@ def _print_bundle(document: Mapping[str, Any]) -> None:
         print_table(("parity", "value"), list(_flat(document["parity"])))
 
 
-def _shorten(specs: list[str], most: int = 4) -> str:
-    """A decoder chunk has dozens of caches; the table names the first tensors and counts the rest."""
-    shown = specs if len(specs) <= most + 1 else [*specs[:most], f"and {len(specs) - most} more"]
-    return " ".join(shown)
+def _collapse(tensors: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """(name, shape, dtype) rows; hidden_0 to hidden_4 and a decoder's dozens of caches share a row each."""
+    rows = []
+    for _, group in groupby(tensors, lambda tensor: _NUMBER.sub("", tensor["name"])):
+        run = list(group)
+        names = [tensor["name"] for tensor in run]
+        shapes = list(dict.fromkeys(str(tensor["shape"]).replace("'", "") for tensor in run))
+        name = names[0] if len(run) == 1 else f"{names[0]} … {names[-1]}"
+        shape = shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes, {shapes[0]} first"
+        rows.append((name, shape, run[0]["dtype"]))
+    return rows
 
 
 def _flat(document: Any, prefix: str = "") -> list[tuple[str, object]]:
@@ -289,10 +310,10 @@ def _size(count: int) -> str:
     return f"{count / _MIB:,.1f} MiB"
 
 
-def _right(rows: list[tuple[str, ...]], columns: tuple[int, ...]) -> list[tuple[str, ...]]:
+def _right(rows: Sequence[Sequence[str]], columns: tuple[int, ...]) -> list[list[str]]:
     """The rows with text of `columns` (numbers with units or separators) padded to the right edge."""
     widths = {column: max((len(row[column]) for row in rows), default=0) for column in columns}
     return [
-        tuple(cell.rjust(widths[index]) if index in widths else cell for index, cell in enumerate(row))
+        [cell.rjust(widths[index]) if index in widths else cell for index, cell in enumerate(row)]
         for row in rows
     ]

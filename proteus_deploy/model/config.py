@@ -14,6 +14,8 @@ from proteus_deploy.errors import CheckpointError
 
 Lineage = Literal["proteus", "consisid"]
 
+_IMAGE_SCALES = 5
+
 _LINEAGES: dict[str, Lineage] = {
     "ProteusIDTransformer3DModel": "proteus",
     "ConsisIDTransformer3DModel": "consisid",
@@ -246,6 +248,7 @@ def _read_fusion(get: _Reader) -> FusionConfig:
     depth, scales = get("FT_depth", int), get("FT_num_scale", int)
     if depth % scales:
         raise CheckpointError(f"{get.source}: FT_depth {depth} is not a multiple of FT_num_scale {scales}")
+    _check_scales(get, "FT_num_scale", scales)
     return FusionConfig(
         width=get("FT_output_dim", int),
         queries=get("FT_num_querie", int),
@@ -256,6 +259,13 @@ def _read_fusion(get: _Reader) -> FusionConfig:
         identity_dim=get("FT_clip_dim", int),
         image_dim=get("FT_vit_dim", int),
     )
+
+
+def _check_scales(get: _Reader, key: str, scales: int) -> None:
+    if scales > _IMAGE_SCALES:
+        raise CheckpointError(
+            f"{get.source}: {key} is {scales}; the image tower gives {_IMAGE_SCALES} hidden states"
+        )
 
 
 def _read_schedule(get: _Reader) -> ScheduleConfig:
@@ -282,6 +292,7 @@ def _read_local_facial(get: _Reader) -> LocalFacialConfig:
     depth, scales = get("LFE_depth", int), get("LFE_num_scale", int)
     if depth % scales:
         raise CheckpointError(f"{get.source}: LFE_depth {depth} is not a multiple of LFE_num_scale {scales}")
+    _check_scales(get, "LFE_num_scale", scales)
     return LocalFacialConfig(
         width=get("LFE_vit_dim", int),
         out_dim=get("LFE_output_dim", int),

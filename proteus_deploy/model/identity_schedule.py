@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from proteus_deploy.model.config import LocalFacialConfig, ScheduleConfig
-from proteus_deploy.model.layers import PerceiverAttention, TimestepMLP, feed_forward, mapping, sinusoid
+from proteus_deploy.model.layers import PerceiverAttention, SinusoidTable, TimestepMLP, feed_forward, mapping
 
 _ADA_EPS = 1e-6
 
@@ -118,6 +118,7 @@ class _FacialExtractor(nn.Module):
         super().__init__()
         self.config = config
         self.fuse_face_feature = _FaceFeature(config)
+        self.time_table = SinusoidTable(config.time_channels)
         self.time_embedding = TimestepMLP(config.time_channels, config.time_embed_dim)
         self.connector = _Connector(config)
         # In every published checkpoint and used by nothing there; kept so that all keys are accounted for.
@@ -125,7 +126,7 @@ class _FacialExtractor(nn.Module):
         self.proj_out = nn.Sequential(nn.Linear(config.width, config.out_dim), nn.LayerNorm(config.out_dim))
 
     def forward(self, fused: Tensor, id_cond: Tensor, last_state: Tensor, timesteps: Tensor) -> Tensor:
-        time = self.time_embedding(sinusoid(timesteps, self.config.time_channels).to(fused.dtype))
+        time = self.time_embedding(self.time_table(timesteps).to(fused.dtype))
         return self.connector(fused, self.fuse_face_feature(id_cond, last_state), time)  # type: ignore[no-any-return]
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+TRAIN_TIMESTEPS = 1000  # every published scheduler counts 0..999
 
 
 def sinusoid(
@@ -19,6 +23,31 @@ def sinusoid(
     angles = timesteps.float()[:, None] * torch.exp(exponent / (half - freq_shift))[None]
     sin, cos = angles.sin(), angles.cos()
     return torch.cat((cos, sin) if flip_sin_to_cos else (sin, cos), dim=-1)
+
+
+class SinusoidTable(nn.Module):
+    """`sinusoid` of the timesteps 0..999 as a table: timesteps are whole numbers.
+
+    A lookup gives the same bits in every runtime and precision. Computed in the graph, an angle near 999
+    shows each runtime's own exp in the fifth digit, and is lost altogether where a runtime runs the
+    product in bfloat16.
+    """
+
+    table: Tensor
+
+    def __init__(self, channels: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0) -> None:
+        super().__init__()
+        self._compute = partial(
+            sinusoid, channels=channels, flip_sin_to_cos=flip_sin_to_cos, freq_shift=freq_shift
+        )
+        self.register_buffer("table", self._compute(torch.arange(TRAIN_TIMESTEPS)), persistent=False)
+
+    def computed_buffers(self) -> dict[str, Tensor]:
+        return {"table": self._compute(torch.arange(TRAIN_TIMESTEPS, device="cpu"))}
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """[T] int64 -> [T, channels] float32."""
+        return F.embedding(timesteps, self.table)
 
 
 class TimestepMLP(nn.Module):

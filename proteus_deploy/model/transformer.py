@@ -7,8 +7,6 @@ Sources: CogVideoX (arXiv 2408.06072) and its 1.5 release (`patch_size_t`, `ofs_
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,9 +14,9 @@ from torch.nn import functional as F
 from proteus_deploy.kernels.joint_attention import attention, modulated_norm, rotate
 from proteus_deploy.model.config import BackboneConfig, TransformerConfig
 from proteus_deploy.model.identity_attention import IdentityAttention
-from proteus_deploy.model.layers import TimestepMLP, sinusoid
+from proteus_deploy.model.layers import SinusoidTable, TimestepMLP
 
-OFS = 2.0  # the one value that CogVideoX 1.5's pipelines ever pass for the `ofs` input
+OFS = 2  # the one value that CogVideoX 1.5's pipelines ever pass for the `ofs` input
 _QK_NORM_EPS = 1e-6
 
 Rotary = tuple[Tensor, Tensor]
@@ -33,8 +31,11 @@ class Denoiser(nn.Module):
         self.config = backbone
         self.interval = identity.interval
         self.patch_embed = _PatchEmbed(backbone)
+        angles = {"flip_sin_to_cos": backbone.flip_sin_to_cos, "freq_shift": backbone.freq_shift}
+        self.time_table = SinusoidTable(backbone.width, **angles)
         self.time_embedding = TimestepMLP(backbone.width, backbone.time_embed_dim)
         if backbone.ofs_embed_dim is not None:
+            self.ofs_table = SinusoidTable(backbone.ofs_embed_dim, **angles)
             self.ofs_embedding = TimestepMLP(backbone.ofs_embed_dim, backbone.ofs_embed_dim)
         self.transformer_blocks = nn.ModuleList(_Block(backbone) for _ in range(backbone.num_layers))
         sites = -(
@@ -78,12 +79,10 @@ class Denoiser(nn.Module):
 
     def time_vector(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         """[B] -> [B, time_embed_dim]."""
-        config = self.config
-        embed = partial(sinusoid, flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift)
-        time = self.time_embedding(embed(timestep, config.width).to(dtype))
-        if config.ofs_embed_dim is not None:
+        time = self.time_embedding(self.time_table(timestep).to(dtype))
+        if self.config.ofs_embed_dim is not None:
             ofs = torch.full((1,), OFS, device=timestep.device)
-            time = time + self.ofs_embedding(embed(ofs, config.ofs_embed_dim).to(dtype))
+            time = time + self.ofs_embedding(self.ofs_table(ofs).to(dtype))
         return time  # type: ignore[no-any-return]
 
     def unpatchify(self, patches: Tensor, latents: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from proteus_deploy.stages import Graph
 if TYPE_CHECKING:
     from proteus_deploy.bundle import Bundle
 
+# T5 finds its relative position buckets with a logarithm; in bfloat16 it lands in neighbouring buckets.
+_ALWAYS_FLOAT32 = ("text_encoder",)
 _HINT = {"fp32": "f32", "fp16": "f32", "bf16": "bf16"}
 
 
@@ -41,7 +43,8 @@ class OpenVinoBackend:
 
     def runner(self, graph: str) -> OpenVinoGraph:
         if graph not in self._runners:
-            settings = {"INFERENCE_PRECISION_HINT": _HINT[self._bundle.dtype], "PERFORMANCE_HINT": "LATENCY"}
+            hint = "f32" if graph in _ALWAYS_FLOAT32 else _HINT[self._bundle.dtype]
+            settings = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
             file = self._bundle.onnx_file(graph)
             try:
                 compiled = self._core.compile_model(str(file), self._device, settings)
@@ -67,8 +70,8 @@ class OpenVinoGraph:
         """Raises InputError when names or shapes break the contract."""
         bind_sizes(self.graph, inputs)
         feeds = {name: _to_openvino(value) for name, value in inputs.items()}
-        results = self._request.infer(feeds, share_inputs=False)
-        return {spec.name: _to_torch(results[spec.name]) for spec in self.graph.outputs}
+        self._request.infer(feeds, share_inputs=False)
+        return {spec.name: _to_torch(self._request.get_tensor(spec.name)) for spec in self.graph.outputs}
 
 
 def _to_openvino(value: Tensor) -> Any:
@@ -81,8 +84,9 @@ def _to_openvino(value: Tensor) -> Any:
 
 
 def _to_torch(value: Any) -> Tensor:
-    import numpy
+    """A copy: OpenVINO writes the next result into the same memory."""
+    import openvino
 
-    if value.dtype.name == "bfloat16":
-        return torch.from_numpy(value.view(numpy.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(numpy.array(value))
+    if value.element_type == openvino.Type.bf16:  # shown as float16 by NumPy, with bfloat16's bits
+        return torch.from_numpy(value.data.view("int16").copy()).view(torch.bfloat16)
+    return torch.from_numpy(value.data.copy())

@@ -57,7 +57,7 @@ def write_tokenizer(folder: Path, *, max_length: int) -> Path:
     import sentencepiece
 
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(  # type: ignore[attr-defined]
+    sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences()),
         model_writer=model,
         model_type="unigram",

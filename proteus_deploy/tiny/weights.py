@@ -5,6 +5,7 @@ Layers that training starts from zero get numbers like all others, so that a wro
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,11 +39,11 @@ def text_encoder_weights(shapes: Shapes, seed: int) -> dict[str, Tensor]:
     for key, shape in shapes.items():
         value = _plain(key, shape, seed)
         if key == "shared.weight":
-            value *= shape[1] ** 0.5  # unit embeddings
+            value *= math.sqrt(shape[1])  # unit embeddings
         elif key.endswith("SelfAttention.q.weight"):
-            value *= (64 / shape[0]) ** 0.25 * 0.5
+            value *= 0.5
         elif key.endswith("relative_attention_bias.weight"):
-            value *= shape[1] ** 0.5 * 0.5
+            value *= 0.5 * math.sqrt(shape[1])
         weights[key] = value
     return weights
 
@@ -93,7 +94,7 @@ def _plain(key: str, shape: tuple[int, ...], seed: int) -> Tensor:
     noise = _normal(key, shape, seed)
     if len(shape) > 1:
         fan_in = noise[0].numel() if noise.shape[0] > 1 else shape[-1]
-        return noise * fan_in**-0.5
+        return noise / math.sqrt(fan_in)
     return 0.1 * noise + (1.0 if key.endswith("weight") else 0.0)
 
 
@@ -105,7 +106,7 @@ def _blur(key: str, shape: tuple[int, ...], seed: int) -> Tensor:
     kernel = axis[:, None] * axis
     if len(shape) == 5:
         kernel = axis[:, None, None] * kernel
-    mixture = _normal(f"{key}/mixture", shape[:2], seed) * shape[1] ** -0.5
+    mixture = _normal(f"{key}/mixture", shape[:2], seed) / math.sqrt(shape[1])
     return mixture.reshape(*shape[:2], *(1 for _ in shape[2:])) * kernel
 
 

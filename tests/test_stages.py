@@ -1,0 +1,229 @@
+"""The stage table: axes, shapes, profiles, samples, and the checks against them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proteus_deploy import InputError, Pipeline
+from proteus_deploy.checkpoint import Checkpoint
+from proteus_deploy.runtime.backend import bind_sizes, resolve_dtype, short_dtype
+from proteus_deploy.stage_table import ExportRanges, build_stage_table, latent_frames
+from proteus_deploy.stages import (
+    AXIS_MEANING,
+    AxisRange,
+    Graph,
+    StageTable,
+    TensorSpec,
+    axis_size,
+    sample_inputs,
+    split_axis,
+)
+
+
+@pytest.fixture(scope="module")
+def table(parity: Path) -> StageTable:
+    return build_stage_table(Checkpoint.open(parity / "checkpoint"))
+
+
+@pytest.mark.parametrize(("axis", "want"), [("B", (1, "B")), ("8h", (8, "h")), ("16rows", (16, "rows"))])
+def test_an_axis_is_a_symbol_with_a_factor(axis: str, want: tuple[int, str]) -> None:
+    assert split_axis(axis) == want
+
+
+@pytest.mark.parametrize("axis", ["", "8", "0h", "h8", "-1h", "8 h", "h+1", "1.5h", "h*w", "08h"])
+def test_anything_else_is_refused(axis: str) -> None:
+    with pytest.raises(InputError, match="is not a symbol with an optional whole factor"):
+        split_axis(axis)
+
+
+@given(factor=st.integers(1, 99), size=st.integers(1, 999))
+def test_a_multiple_of_a_symbol(factor: int, size: int) -> None:
+    assert axis_size(f"{factor}h", {"h": size}) == factor * size
+    assert axis_size(factor, {}) == factor
+
+
+@pytest.mark.parametrize("bounds", [(0, 1, 2), (2, 1, 3), (1, 4, 3), (-1, 1, 1)])
+def test_a_range_goes_up(bounds: tuple[int, int, int]) -> None:
+    with pytest.raises(InputError, match="must satisfy 1 <= min <= opt <= max"):
+        AxisRange(*bounds)
+
+
+def test_the_table_survives_json(table: StageTable) -> None:
+    assert StageTable.from_json(json.loads(json.dumps(table.to_json()))) == table
+
+
+def test_every_symbol_has_a_range_and_a_meaning(table: StageTable) -> None:
+    used = {symbol for graph in table.graphs for symbol in graph.symbols}
+    assert used <= set(table.axes)
+    assert set(table.axes) <= set(AXIS_MEANING)
+    for graph in table.graphs:
+        own = set(graph.symbols)
+        for spec in graph.outputs:
+            assert {split_axis(axis)[1] for axis in spec.axes if isinstance(axis, str)} <= own
+
+
+def test_the_stages_are_those_of_the_design(table: StageTable) -> None:
+    assert table.stages == (
+        "text_encoder",
+        "identity_fusion",
+        "identity_schedule",
+        "denoiser",
+        "vae_encoder",
+        "vae_decoder",
+    )
+
+
+def test_a_profile_has_three_shapes_for_every_input(table: StageTable) -> None:
+    graph = table.graph("denoiser")
+    profile = table.profile(graph)
+    assert set(profile) == {spec.name for spec in graph.inputs}
+    assert profile["latents"] == {"min": (1, 2, 32, 4, 4), "opt": (2, 3, 32, 8, 12), "max": (2, 5, 32, 12, 12)}
+    assert profile["identity_gate"] == {"min": (1,), "opt": (1,), "max": (1,)}
+    for shapes in profile.values():
+        for low, middle, high in zip(shapes["min"], shapes["opt"], shapes["max"], strict=True):
+            assert 1 <= low <= middle <= high
+
+
+def test_unknown_names_are_answered_with_the_known_ones(table: StageTable) -> None:
+    with pytest.raises(InputError, match="no graph 'unet'; the table has text_encoder, identity_fusion"):
+        table.graph("unet")
+    with pytest.raises(InputError, match="no input 'x'; its inputs are latents, text"):
+        table.graph("denoiser").input("x")
+
+
+def test_sizes_outside_their_range_are_refused_in_words(table: StageTable) -> None:
+    table.check({"B": 2, "y": 4})
+    with pytest.raises(InputError, match=r"token rows \(height / 16\) \(y\) is 7; .* range is 2 to 6"):
+        table.check({"B": 2, "y": 7})
+
+
+def test_samples_are_the_same_every_time_and_fit_the_contract(table: StageTable) -> None:
+    for graph in table.graphs:
+        for which in ("min", "opt", "max"):
+            sizes = table.sizes(which)  # type: ignore[arg-type]
+            first, again = (sample_inputs(graph, sizes, seed=3) for _ in range(2))
+            assert all(torch.equal(first[name], again[name]) for name in first)
+            bound = bind_sizes(graph, first)
+            assert bound == {symbol: sizes[symbol] for symbol in graph.symbols}
+
+
+def test_samples_are_plausible(table: StageTable) -> None:
+    inputs = sample_inputs(table.graph("denoiser"), table.sizes("opt"))
+    assert torch.equal(inputs["identity_gate"], torch.ones(1))
+    unit = inputs["rotary_cos"] ** 2 + inputs["rotary_sin"] ** 2
+    assert torch.allclose(unit, torch.ones_like(unit))
+    assert torch.equal(inputs["rotary_cos"][..., ::2], inputs["rotary_cos"][..., 1::2])
+    assert inputs["timestep"].dtype == torch.int64
+    assert 0 <= inputs["timestep"].min() <= inputs["timestep"].max() < 1000
+    ids = sample_inputs(table.graph("text_encoder"), table.sizes("max"))["input_ids"]
+    assert ids.max() < 400
+    image = sample_inputs(table.graph("vae_encoder"), table.sizes("opt"))["image"]
+    assert image.abs().max() <= 1
+    other = sample_inputs(table.graph("vae_encoder"), table.sizes("opt"), seed=1)["image"]
+    assert not torch.equal(image, other)
+
+
+def test_every_graph_runs_on_its_samples_and_gives_the_shapes_it_declares(
+    table: StageTable, parity_pipeline: Pipeline
+) -> None:
+    for graph in table.graphs:
+        for which in ("min", "opt"):
+            sizes = table.sizes(which)  # type: ignore[arg-type]
+            outputs = parity_pipeline.backend.runner(graph.name)(**sample_inputs(graph, sizes))
+            assert list(outputs) == [spec.name for spec in graph.outputs]
+            for spec in graph.outputs:
+                assert tuple(outputs[spec.name].shape) == spec.shape(sizes), (graph.name, spec.name)
+
+
+TWO = Graph(
+    "two",
+    "two",
+    (TensorSpec("a", ("B", 4, "2h")), TensorSpec("b", ("B", "h"))),
+    (TensorSpec("c", ("B",)),),
+)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"a": (1, 4, 6)}, r"two: input 'b' is missing; inputs are a \['B', 4, '2h'\], b"),
+        ({"a": (1, 4, 6), "b": (1, 3), "z": (1,)}, "'z' is not an input"),
+        ({"a": (1, 4), "b": (1, 3)}, r"input 'a' has shape \[1, 4\]; the contract is \['B', 4, '2h'\]"),
+        ({"a": (1, 5, 6), "b": (1, 3)}, r"input 'a' has shape \[1, 5, 6\]"),
+        ({"a": (1, 4, 7), "b": (1, 3)}, r"input 'a' has shape \[1, 4, 7\]"),
+        ({"a": (1, 4, 6), "b": (2, 3)}, r"input 'b' has shape \[2, 3\]; .* with \{'B': 1, 'h': 3\}"),
+        ({"a": (1, 4, 6), "b": (1, 4)}, r"input 'b' has shape \[1, 4\]"),
+    ],
+)
+def test_inputs_that_break_the_contract_are_named(shapes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        bind_sizes(TWO, {name: torch.zeros(shape) for name, shape in shapes.items()})
+
+
+def test_stages_check_names_and_shapes(parity_pipeline: Pipeline) -> None:
+    with pytest.raises(InputError, match="'input_ids' is missing"):
+        parity_pipeline.stages["text_encoder"](ids=torch.zeros(1, 4, dtype=torch.int64))
+    with pytest.raises(InputError, match="latents .* are needed to make the rotary tables"):
+        parity_pipeline.stages["denoiser"](text=torch.zeros(1, 40, 64))
+    with pytest.raises(InputError, match="vae_decoder takes 'latents'; got 'z'"):
+        parity_pipeline.stages["vae_decoder"](z=torch.zeros(1))
+
+
+def test_the_vae_decoder_stage_takes_a_whole_video(parity_pipeline: Pipeline) -> None:
+    stage = parity_pipeline.stages["vae_decoder"]
+    assert stage.inputs == ("latents",)
+    assert stage(latents=torch.randn(1, 16, 3, 4, 4))["frames"].shape == (1, 3, 9, 32, 32)
+
+
+def test_ranges_follow_what_is_asked(parity: Path) -> None:
+    checkpoint = Checkpoint.open(parity / "checkpoint")
+    asked = ExportRanges(max_height=32, max_width=160, max_num_frames=33, max_videos=3)
+    axes = build_stage_table(checkpoint, asked).axes
+    assert (axes["y"].max, axes["x"].max, axes["f"].max) == (2, 10, 9)
+    assert (axes["B"].max, axes["I"].max) == (6, 3)
+    assert axes["y"].opt <= 2, "the tuned size is inside the range"
+    for bad, message in (
+        (ExportRanges(max_height=40), "--max-height is 40; it must be a multiple of 16"),
+        (ExportRanges(max_width=16), "--max-width is 16; .* at least 32"),
+        (ExportRanges(max_videos=0), "max_videos is 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            build_stage_table(checkpoint, bad)
+
+
+def test_a_position_table_fixes_the_size(make_checkpoint: Callable[..., Path]) -> None:
+    checkpoint = Checkpoint.open(make_checkpoint(use_rotary_positional_embeddings=False))
+    table = build_stage_table(checkpoint)
+    assert not any(table.is_dynamic(symbol) for symbol in ("f", "y", "x", "L"))
+    assert table.is_dynamic("B")
+    assert "rotary_cos" not in {spec.name for spec in table.graph("denoiser").inputs}
+    with pytest.raises(InputError, match="position table for one size only"):
+        build_stage_table(checkpoint, ExportRanges(max_height=64))
+
+
+@pytest.mark.parametrize("patch", [None, 2, 3])
+@pytest.mark.parametrize("num_frames", [5, 9, 13, 49, 81])
+def test_latent_frames_fill_whole_temporal_patches(
+    make_checkpoint: Callable[..., Path], num_frames: int, patch: int | None
+) -> None:
+    config = Checkpoint.open(make_checkpoint(patch_size_t=patch)).transformer.backbone
+    frames = latent_frames(num_frames, config)
+    needed = (num_frames - 1) // 4 + 1
+    assert frames == math.ceil(needed / (patch or 1)) * (patch or 1)
+
+
+def test_precisions_have_two_names(table: StageTable) -> None:
+    for short, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        assert resolve_dtype(short) == resolve_dtype(str(dtype).removeprefix("torch.")) == dtype
+        assert short_dtype(dtype) == short
+    with pytest.raises(InputError, match="dtype 'fp8' is unknown; choose from fp32, float32"):
+        resolve_dtype("fp8")
