@@ -9,7 +9,16 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "tensorrt_rtx", "tensorrt")
+_PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "tensorrt_rtx",
+    "tensorrt",
+)
 
 
 def describe_machine() -> dict[str, Any]:
@@ -19,10 +28,14 @@ def describe_machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
+        ]
         flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "")
         cpu = names[0] if names else cpu
-        extensions = [name for name in ("amx_bf16", "amx_int8", "avx512_bf16", "avx512f") if name in flags.split()]
+        extensions = [
+            name for name in ("amx_bf16", "amx_int8", "avx512_bf16", "avx512f") if name in flags.split()
+        ]
     else:
         extensions = []
     return {

@@ -143,14 +143,25 @@ def write_configs(folder: Path) -> Path:
 def measure(work: Path, dtype: str) -> dict[str, Any]:
     """Export in a child process; returns the row of the result file."""
     bundle = work / "bundle"
-    command = [sys.executable, "-m", "proteus_deploy.cli.main", "export", str(write_configs(work / "configs"))]
+    command = [
+        sys.executable,
+        "-m",
+        "proteus_deploy.cli.main",
+        "export",
+        str(write_configs(work / "configs")),
+    ]
     command += ["--output-dir", str(bundle), "--dtype", dtype, "--random-weights", "0", "--overwrite"]
     started = time.perf_counter()
     child = subprocess.run(command, check=False)  # noqa: S603 - our own module
     seconds = time.perf_counter() - started
     # ru_maxrss is in KiB on Linux.
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    row: dict[str, Any] = {"case": "export", "dtype": dtype, "seconds": round(seconds, 1), "peak_memory_bytes": peak}
+    row: dict[str, Any] = {
+        "case": "export",
+        "dtype": dtype,
+        "seconds": round(seconds, 1),
+        "peak_memory_bytes": peak,
+    }
     if child.returncode != 0:
         return {**row, "status": "failed", "reason": f"exit code {child.returncode}"}
     manifest = json.loads((bundle / "manifest.json").read_text())
@@ -162,7 +173,9 @@ def measure(work: Path, dtype: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work-dir", type=Path, required=True, help="needs 30 GiB free")
     parser.add_argument("--output", type=Path, required=True, help="result file, JSON")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="bf16")
@@ -173,7 +186,12 @@ def main() -> int:
         "machine": describe_machine(),
         "versions": describe_versions(),
         "commit": describe_commit(Path(__file__).resolve().parent.parent),
-        "settings": {"weights": "random, made while read", "layers": 42, "width": 3072, "face_encoder": "absent"},
+        "settings": {
+            "weights": "random, made while read",
+            "layers": 42,
+            "width": 3072,
+            "face_encoder": "absent",
+        },
         "rows": [row],
     }
     write_json(arguments.output, result)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,15 +24,20 @@ from proteus_deploy.export.reference import (
     save_video,
 )
 from proteus_deploy.model.networks import NetworkFactory
+from proteus_deploy.reporting import Report, no_report
 from proteus_deploy.runtime.backend import resolve_dtype, short_dtype
 from proteus_deploy.stage_table import ExportRanges, build_stage_table
 from proteus_deploy.stages import StageTable
 
-Report = Callable[[str, int, int], None]
-
-# Above this many bytes of transformer weights a reference run on a CPU takes hours, so it is left to be asked for.
+# Above this many bytes of transformer weights a reference run on a CPU takes hours: it has to be asked for.
 AUTO_REFERENCE_LIMIT_BYTES = 2 << 30
-_TOKENIZER_FILES = ("spiece.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TOKENIZER_FILES = (
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 _VERSIONED = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "proteus-deploy")
 
 
@@ -45,7 +49,7 @@ def export_bundle(
     ranges: ExportRanges | None = None,
     reference: ReferenceScope | Literal["auto"] = "auto",
     overwrite: bool = False,
-    report: Report | None = None,
+    report: Report = no_report,
 ) -> Bundle:
     """Write a bundle to `destination`, in one rename: it is there whole or not at all.
 
@@ -55,7 +59,6 @@ def export_bundle(
     report(phase, done, total) is called as the work goes on.
     Raises CheckpointError, InputError or BackendError.
     """
-    say: Report = report or (lambda phase, done, total: None)
     require_onnx()
     precision = resolve_dtype(dtype)
     scope = _choose_scope(checkpoint) if reference == "auto" else reference
@@ -63,10 +66,10 @@ def export_bundle(
         raise InputError(f"reference {scope!r} is unknown; choose from auto, video, stages, none")
     table = build_stage_table(checkpoint, ranges)
     with atomic_directory(destination, replace=overwrite) as folder:
-        graphs = _export_graphs(checkpoint, table, precision, folder / "onnx", say)
+        graphs = _export_graphs(checkpoint, table, precision, folder / "onnx", report)
         _copy_configs(checkpoint, folder)
         if scope != "none":
-            _record(checkpoint, table, folder / "reference", scope, say)
+            _record(checkpoint, table, folder / "reference", scope, report)
         write_manifest(
             folder,
             {
@@ -76,7 +79,7 @@ def export_bundle(
                 "graphs": graphs,
                 "reference": scope,
                 "versions": versions(),
-                "parity": _parity(folder, table, precision, scope, say),
+                "parity": _parity(folder, table, precision, scope, report),
             },
         )
     return Bundle.open(destination)
@@ -138,7 +141,9 @@ def _copy_configs(checkpoint: Checkpoint, folder: Path) -> None:
             shutil.copyfile(source, folder / "face_encoder" / PACK_FOLDER / source.name)
 
 
-def _record(checkpoint: Checkpoint, table: StageTable, folder: Path, scope: ReferenceScope, say: Report) -> None:
+def _record(
+    checkpoint: Checkpoint, table: StageTable, folder: Path, scope: ReferenceScope, say: Report
+) -> None:
     from proteus_deploy.runtime.eager import EagerBackend
 
     with torch.inference_mode():
@@ -149,7 +154,9 @@ def _record(checkpoint: Checkpoint, table: StageTable, folder: Path, scope: Refe
             save_video(folder, record_video(table, pipeline, say))
 
 
-def _parity(folder: Path, table: StageTable, dtype: torch.dtype, scope: ReferenceScope, say: Report) -> dict[str, Any]:
+def _parity(
+    folder: Path, table: StageTable, dtype: torch.dtype, scope: ReferenceScope, say: Report
+) -> dict[str, Any]:
     """Largest relative error of each graph under ONNX Runtime; two digits, so that noise isn't recorded."""
     from proteus_deploy.errors import BackendError
     from proteus_deploy.export.parity import graph_error
@@ -165,11 +172,15 @@ def _parity(folder: Path, table: StageTable, dtype: torch.dtype, scope: Referenc
     for stage in load_stages(folder / "reference", table):
         if runner is None or runner.graph != stage.graph:
             try:
-                runner = OnnxRuntimeGraph(stage.graph, open_session(folder / "onnx" / f"{stage.graph.name}.onnx"))
+                runner = OnnxRuntimeGraph(
+                    stage.graph, open_session(folder / "onnx" / f"{stage.graph.name}.onnx")
+                )
             except ImportError:
                 return {"status": "not measured", "reason": "onnxruntime is not installed"}
             except BackendError as error:
-                raise BackendError(f"the exported graph {stage.graph.name!r} does not load: {error}") from error
+                raise BackendError(
+                    f"the exported graph {stage.graph.name!r} does not load: {error}"
+                ) from error
             count += 1
             say("parity", count, len(table.graphs))
         worst = max(errors.get(stage.graph.name, 0.0), graph_error(runner, stage, dtype).worst)

@@ -21,6 +21,7 @@ from torch import nn
 from proteus_deploy._files import atomic_file
 from proteus_deploy.errors import BackendError, InputError
 from proteus_deploy.model.networks import Network, fill_computed_buffers, parameter_dtype
+from proteus_deploy.reporting import no_report
 from proteus_deploy.stages import Graph, StageTable, split_axis
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ OPSET = {torch.float32: 20, torch.float16: 20, torch.bfloat16: 22}
 # A protobuf message ends at 2 GiB and is built whole in memory, so larger weights go beside the graph.
 EMBED_LIMIT_BYTES = 256 << 20
 _FOLD_LIMIT = 4096  # elements: shapes, axes and small tables, never a weight
-
-Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,9 @@ def require_onnx() -> None:
         import onnx_ir  # noqa: F401 - presence is the question
         import onnxscript  # noqa: F401 - the same
     except ImportError as error:
-        raise BackendError('exporting needs onnx and onnxscript; pip install "proteus-deploy[onnx]"') from error
+        raise BackendError(
+            'exporting needs onnx and onnxscript; pip install "proteus-deploy[onnx]"'
+        ) from error
 
 
 def export_graph(
@@ -61,7 +62,7 @@ def export_graph(
     destination: Path,
     *,
     dtype: torch.dtype,
-    report: Report = lambda done, total: None,
+    report: Callable[[int, int], None] = no_report,
 ) -> ExportedGraph:
     """Trace `network` and write `destination` (and `destination`.data for large weights), atomically.
 
@@ -88,7 +89,10 @@ def _fake_module(module: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, Any]
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    shapes = {name: (value.shape, parameter_dtype(name, value, dtype)) for name, value in module.state_dict().items()}
+    shapes = {
+        name: (value.shape, parameter_dtype(name, value, dtype))
+        for name, value in module.state_dict().items()
+    }
     with mode:
         state = {name: torch.empty(shape, dtype=kind) for name, (shape, kind) in shapes.items()}
     module.load_state_dict(state, assign=True)
@@ -123,7 +127,9 @@ def dynamic_shapes(graph: Graph, table: StageTable) -> tuple[dict[int, Any], ...
     return tuple(shapes)
 
 
-def _trace(module: nn.Module, graph: Graph, table: StageTable, dtype: torch.dtype, mode: Any) -> onnx_ir.Model:
+def _trace(
+    module: nn.Module, graph: Graph, table: StageTable, dtype: torch.dtype, mode: Any
+) -> onnx_ir.Model:
     kinds = {"float": dtype, "float32": torch.float32, "int64": torch.int64}
     sizes = trace_sizes(graph, table)
     with mode:
@@ -180,27 +186,20 @@ def _simplify(model: onnx_ir.Model) -> None:
     """
     import onnx_ir.passes.common as common
     from onnx_ir import passes
-    from onnxscript import rewriter
-    from onnxscript.optimizer import _constant_folding
+    from onnxscript import optimizer, rewriter
 
     for value in model.graph.initializers.values():
         value.const_value = None
-    folding = _constant_folding.FoldConstantsPass(
-        shape_inference=True, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT
-    )
+    common.InlinePass()(model)
+    for _ in range(2):  # folded shapes uncover further rewrites
+        optimizer.fold_constants_ir(
+            model, onnx_shape_inference=True, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT
+        )
+        rewriter.rewrite(model)
+        common.RemoveUnusedNodesPass()(model)
     passes.Sequential(
-        common.InlinePass(),
-        passes.PassManager(
-            [
-                folding,
-                rewriter.RewritePass(rewriter._DEFAULT_REWRITE_RULES),
-                common.RemoveUnusedNodesPass(),
-                common.RemoveUnusedFunctionsPass(),
-                common.RemoveUnusedOpsetsPass(),
-            ],
-            steps=2,
-        ),
-        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
+        common.RemoveUnusedOpsetsPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.CommonSubexpressionEliminationPass(),
         common.OutputFixPass(),
@@ -225,8 +224,10 @@ def _strip_machine_traces(model: onnx_ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def _fill_weights(model: onnx_ir.Model, network: Network, dtype: torch.dtype, report: Report) -> None:
-    """Attach a reader to each initialiser that names a parameter. Constants of the graph have values already."""
+def _fill_weights(
+    model: onnx_ir.Model, network: Network, dtype: torch.dtype, report: Callable[[int, int], None]
+) -> None:
+    """Attach a reader to each initialiser that names a parameter; constants have values already."""
     import onnx_ir
     from onnx_ir import tensor_adapters
 
@@ -263,7 +264,9 @@ def _fill_weights(model: onnx_ir.Model, network: Network, dtype: torch.dtype, re
 def _save(model: onnx_ir.Model, destination: Path) -> tuple[str, ...]:
     import onnx_ir
 
-    weight_bytes = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    weight_bytes = sum(
+        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
+    )
     if weight_bytes <= EMBED_LIMIT_BYTES:
         with atomic_file(destination) as temporary:
             onnx_ir.save(model, temporary)

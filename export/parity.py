@@ -31,7 +31,9 @@ class GraphError:
         return max(self.errors, key=lambda name: self.errors[name])
 
 
-def graph_error(runner: Runner | Callable[..., dict[str, Tensor]], stage: StageReference, dtype: torch.dtype) -> GraphError:
+def graph_error(
+    runner: Runner | Callable[..., dict[str, Tensor]], stage: StageReference, dtype: torch.dtype
+) -> GraphError:
     """Run `runner` on the recorded inputs, cast to `dtype` where the contract says "float"."""
     kinds = {"float": dtype, "float32": torch.float32, "int64": torch.int64}
     inputs = {spec.name: stage.inputs[spec.name].to(kinds[spec.dtype]) for spec in stage.graph.inputs}

@@ -6,7 +6,7 @@ One video: a request with ready identity features, the latents after every step,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,16 +17,16 @@ from torch import Tensor
 from proteus_deploy._files import write_json
 from proteus_deploy.errors import BundleError
 from proteus_deploy.identity.features import IdentityFeatures
+from proteus_deploy.reporting import Report
 from proteus_deploy.request import GenerateRequest
 from proteus_deploy.stages import Graph, StageTable, sample_inputs
 
 if TYPE_CHECKING:
     from proteus_deploy.checkpoint import Checkpoint
-    from proteus_deploy.pipeline import Pipeline
+    from proteus_deploy.pipeline import Pipeline, ProgressEvent
     from proteus_deploy.runtime.backend import Backend
 
 ReferenceScope = Literal["video", "stages", "none"]
-Report = Callable[[str, int, int], None]
 
 SIZES: tuple[Literal["min", "opt"], ...] = ("min", "opt")
 STEPS = 4
@@ -74,7 +74,7 @@ def reference_request(table: StageTable, pipeline: Pipeline) -> tuple[GenerateRe
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    states = [normal(1, tokens, config.image_dim) for _ in range(5)]
+    states = tuple(normal(1, tokens, config.image_dim) for _ in range(5))
     identity = IdentityFeatures(normal(1, 1, config.identity_dim), states)
     opt = table.sizes("opt")
     height, width = opt["y"] * backbone.patch_size * 8, opt["x"] * backbone.patch_size * 8
@@ -101,11 +101,16 @@ def record_video(table: StageTable, pipeline: Pipeline, report: Report) -> Video
     """Run the reference request on the eager pipeline."""
     request, noise = reference_request(table, pipeline)
     latents: list[Tensor] = []
+
+    def watch(event: ProgressEvent) -> None:
+        if event.phase == "denoise":
+            report("reference video", event.done, event.total)
+
     video = pipeline.generate(
         request,
         initial_latents=noise,
         on_step=lambda event: latents.append(event.latents.float().clone()),
-        on_progress=lambda event: report("reference video", event.done, event.total) if event.phase == "denoise" else None,
+        on_progress=watch,
     )
     return VideoReference(request, noise, tuple(latents), video.frames)
 
@@ -143,7 +148,9 @@ def save_video(folder: Path, reference: VideoReference) -> None:
     request = reference.request
     assert request.identity is not None
     tensors = {f"latents.{index}": value.contiguous() for index, value in enumerate(reference.latents)}
-    tensors |= {f"hidden.{index}": state.contiguous() for index, state in enumerate(request.identity.id_vit_hidden)}
+    tensors |= {
+        f"hidden.{index}": state.contiguous() for index, state in enumerate(request.identity.id_vit_hidden)
+    }
     tensors["id_cond"] = request.identity.id_cond
     tensors["condition_image"] = torch.from_numpy(request.condition_image).contiguous()
     tensors["initial_latents"] = reference.initial_latents.contiguous()
@@ -164,7 +171,7 @@ def load_video(folder: Path) -> VideoReference | None:
     tensors = load_file(folder / "video.safetensors")
     fields: dict[str, Any] = json.loads((folder / "video.json").read_text())
     fields.pop("photo")
-    identity = IdentityFeatures(tensors["id_cond"], [tensors[f"hidden.{index}"] for index in range(5)])
+    identity = IdentityFeatures(tensors["id_cond"], tuple(tensors[f"hidden.{index}"] for index in range(5)))
     request = GenerateRequest(**fields, identity=identity, condition_image=tensors["condition_image"].numpy())
     latents = tuple(tensors[f"latents.{index}"] for index in range(request.num_inference_steps))
     return VideoReference(request, tensors["initial_latents"], latents, tensors["frames"])
@@ -177,5 +184,10 @@ def eager_pipeline(checkpoint: Checkpoint) -> Pipeline:
 
     backend = EagerBackend(checkpoint)
     return Pipeline(
-        backend, checkpoint.transformer, checkpoint.vae, checkpoint.scheduler, checkpoint.tokenizer, checkpoint.face_encoder
+        backend,
+        checkpoint.transformer,
+        checkpoint.vae,
+        checkpoint.scheduler,
+        checkpoint.tokenizer,
+        checkpoint.face_encoder,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,14 +26,13 @@ from proteus_deploy.export.reference import (
     record_video,
 )
 from proteus_deploy.pipeline import Pipeline
-from proteus_deploy.runtime import BUNDLE_BACKENDS, CHECKPOINT_BACKENDS, open_bundle_backend
-from proteus_deploy.runtime.backend import resolve_dtype
+from proteus_deploy.reporting import Report, no_report
+from proteus_deploy.runtime import BUNDLE_BACKENDS, CHECKPOINT_BACKENDS
 from proteus_deploy.testing import TOLERANCES, Tolerance, measured_error, relative_error
 
 if TYPE_CHECKING:
     from proteus_deploy.runtime.backend import Backend
 
-Report = Callable[[str, int, int], None]
 Status = Literal["ok", "failed", "not run"]
 
 VIDEO_CHECKS = ("latents", "frames")
@@ -65,7 +64,9 @@ class VerificationReport:
     @property
     def passed(self) -> bool:
         """Something was compared, and nothing is outside its tolerance."""
-        return any(row.status == "ok" for row in self.rows) and all(row.status != "failed" for row in self.rows)
+        return any(row.status == "ok" for row in self.rows) and all(
+            row.status != "failed" for row in self.rows
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "passed": self.passed}
@@ -100,7 +101,7 @@ def verify_bundle(
     *,
     checkpoint: Path | None = None,
     budget: Path | None = None,
-    report: Report | None = None,
+    report: Report = no_report,
 ) -> VerificationReport:
     """Compare each backend with the reference.
 
@@ -109,9 +110,10 @@ def verify_bundle(
     budget: JSON {check: tolerance} that replaces entries of the tolerance table.
     Raises BundleError, InputError or BackendError; figures outside their bounds are rows, not errors.
     """
-    say: Report = report or (lambda phase, done, total: None)
     if not backends:
-        raise InputError(f"no backend to verify; choose from {', '.join((*BUNDLE_BACKENDS, *CHECKPOINT_BACKENDS))}")
+        raise InputError(
+            f"no backend to verify; choose from {', '.join((*BUNDLE_BACKENDS, *CHECKPOINT_BACKENDS))}"
+        )
     source = Checkpoint.open(checkpoint) if checkpoint is not None else None
     if source is not None and source.hash != bundle.manifest["checkpoint"]["hash"]:
         raise InputError(f"{checkpoint} is not the checkpoint this bundle was exported from (hashes differ)")
@@ -120,8 +122,10 @@ def verify_bundle(
     for name in backends:
         pipeline = _open(bundle, name, source)
         with pipeline:
-            rows += _verify_stages(pipeline.backend, name, _stages(bundle, source, say), tolerances, say)
-            rows += _verify_video(pipeline, name, _video(bundle, source, say), tolerances, say)
+            rows += _verify_stages(
+                pipeline.backend, name, _stages(bundle, source, report), tolerances, report
+            )
+            rows += _verify_video(pipeline, name, _video(bundle, source, report), tolerances, report)
     return VerificationReport(
         bundle=bundle.folder.name,
         dtype=bundle.dtype,
@@ -215,7 +219,7 @@ def _row(backend: str, check: str, error: float | None, tolerance: Tolerance, de
 
 
 def _tolerances(bundle: Bundle, budget: Path | None) -> dict[str, Tolerance]:
-    """{check: (bound, reason)} for the bundle's precision, with the budget's entries in place of the table's."""
+    """Bounds for the bundle's precision, with the budget's entries in place of the table's."""
     found = {check: TOLERANCES["bundle", check, bundle.dtype] for check in ("graph", *VIDEO_CHECKS)}
     if budget is None:
         return found
@@ -234,10 +238,13 @@ def _read_budget(file: Path) -> dict[str, float]:
     except (OSError, ValueError) as error:
         raise InputError(f"budget {file} is not readable JSON ({error})") from error
     is_bounds = isinstance(document, dict) and all(
-        isinstance(bound, int | float) and not isinstance(bound, bool) and bound > 0 for bound in document.values()
+        isinstance(bound, int | float) and not isinstance(bound, bool) and bound > 0
+        for bound in document.values()
     )
     if not is_bounds:
-        raise InputError(f"budget {file} must be a JSON object of checks and positive bounds, like {{\"denoiser\": 1e-4}}")
+        raise InputError(
+            f'budget {file} must be a JSON object of checks and positive bounds, like {{"denoiser": 1e-4}}'
+        )
     return {check: float(bound) for check, bound in document.items()}
 
 

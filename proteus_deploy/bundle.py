@@ -187,7 +187,7 @@ def _read_manifest(file: Path, required: Mapping[str, type], kind: str) -> dict[
 
 
 def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Every listed file exists inside `folder` with its size and sha256. Raises BundleError naming the file."""
+    """Every listed file is inside `folder` with its size and sha256. Raises BundleError naming the file."""
     for name, record in sorted(files.items()):
         try:
             file = inside(folder, name)

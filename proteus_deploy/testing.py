@@ -48,7 +48,9 @@ TOLERANCES: Mapping[tuple[str, ...], Tolerance] = {
         1e-4, "relative", "a whole run of diffusers' ConsisID pipeline, as for the published code"
     ),
     ("onnx", "transformer", "fp32"): Tolerance(
-        1e-4, "relative", "another runtime fuses and reorders float32 sums; anything wired wrongly is above 1e-2"
+        1e-4,
+        "relative",
+        "another runtime fuses and reorders float32 sums; anything wired wrongly is above 1e-2",
     ),
     ("onnx", "frames", "fp32"): Tolerance(
         2e-3, "absolute", "half of one 8-bit level in [0, 1], as for the published code"
@@ -72,7 +74,9 @@ TOLERANCES: Mapping[tuple[str, ...], Tolerance] = {
         1e-2, "relative", "the decoder's own rounding on top of the latents'; single pixels may differ more"
     ),
     ("bundle", "graph", "bf16"): Tolerance(
-        5e-2, "relative", "bfloat16 rounds at 4e-3, several times on each path; PyTorch itself is up to 4e-2 off"
+        5e-2,
+        "relative",
+        "bfloat16 rounds at 4e-3, several times on each path; PyTorch itself is up to 4e-2 off",
     ),
     ("bundle", "latents", "bf16"): Tolerance(
         1e-1, "relative", "the error of each step is carried into the next; 3e-2 over four steps is usual"

@@ -53,7 +53,7 @@ def consisid(random_weights: RandomWeights) -> Callable[..., Any]:
     from diffusers import ConsisIDTransformer3DModel
 
     def make(**changes: Any) -> Any:
-        model = ConsisIDTransformer3DModel(**{**CONFIG, **changes})
+        model: Any = ConsisIDTransformer3DModel(**{**CONFIG, **changes})
         shapes = {key: value.shape for key, value in model.state_dict().items()}
         model.load_state_dict(random_weights(shapes))
         return model.eval()
@@ -208,7 +208,7 @@ def run_both(
     folder = save(model)
     published = parity / "checkpoint"
     config = json.loads((published / "scheduler" / "scheduler_config.json").read_text())
-    theirs = diffusers.ConsisIDPipeline(
+    theirs: Any = diffusers.ConsisIDPipeline(
         tokenizer=T5Tokenizer.from_pretrained(str(published / "tokenizer"), local_files_only=True),
         text_encoder=T5EncoderModel.from_pretrained(published / "text_encoder", dtype=torch.float32),
         vae=diffusers.AutoencoderKLCogVideoX.from_pretrained(published / "vae", torch_dtype=torch.float32),
@@ -217,7 +217,13 @@ def run_both(
     )
     theirs.set_progress_bar_config(disable=True)
     image = parity / "case_cfg_dpm" / "reference.png"
-    shared = {"prompt": "A man nods", "height": 64, "width": 96, "num_frames": 9, "num_inference_steps": 3}
+    shared: dict[str, Any] = {
+        "prompt": "A man nods",
+        "height": 64,
+        "width": 96,
+        "num_frames": 9,
+        "num_inference_steps": 3,
+    }
     want: list[Tensor] = []
 
     def keep(_pipeline: Any, _index: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

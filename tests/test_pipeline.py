@@ -44,7 +44,11 @@ def test_the_video_has_the_size_asked_for(parity_pipeline: Pipeline, small_reque
     assert 0 <= video.frames.min() < video.frames.max() <= 1
     assert video.fps == 12
     assert video.metadata["request"]["prompt"] == "A woman waves"
-    assert (video.metadata["seed"], video.metadata["backend"], video.metadata["dtype"]) == (7, "eager", "fp32")
+    assert (video.metadata["seed"], video.metadata["backend"], video.metadata["dtype"]) == (
+        7,
+        "eager",
+        "fp32",
+    )
 
 
 def test_steps_are_reported_in_order(parity_pipeline: Pipeline, small_request: SmallRequest) -> None:
@@ -72,9 +76,7 @@ def test_progress_goes_through_every_phase(parity_pipeline: Pipeline, small_requ
 
 
 @pytest.mark.parametrize("after", [0, 1])
-def test_cancelled_between_steps(
-    parity_pipeline: Pipeline, small_request: SmallRequest, after: int
-) -> None:
+def test_cancelled_between_steps(parity_pipeline: Pipeline, small_request: SmallRequest, after: int) -> None:
     cancel = Event()
     steps: list[int] = []
 
@@ -222,7 +224,7 @@ def test_a_photo_needs_the_face_networks(
     parity_pipeline: Pipeline, small_request: SmallRequest, parity: Path
 ) -> None:
     photo = parity / "case_cfg_dpm" / "reference.png"
-    with pytest.raises(InputError, match="without face_encoder/.*IdentityFeatures"):
+    with pytest.raises(InputError, match=r"without face_encoder/.*IdentityFeatures"):
         parity_pipeline.generate(small_request(photo=photo))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,11 @@ def test_a_run_gives_each_step_the_face_tokens_of_its_own_timestep(
 
 @pytest.mark.parametrize("guidance", [5.0, 1.0], ids=["guided", "unguided"])
 def test_several_prompts_and_photos_in_one_batch(
-    parity_pipeline: Pipeline, small_request: SmallRequest, identity: MakeIdentity, parity: Path, guidance: float
+    parity_pipeline: Pipeline,
+    small_request: SmallRequest,
+    identity: MakeIdentity,
+    parity: Path,
+    guidance: float,
 ) -> None:
     """3: each video of the batch is the one that its request gives alone."""
     images = [parity / case / "reference.png" for case in ("case_cfg_dpm", "case_dynamic_cfg_negative")]
@@ -155,9 +160,7 @@ def test_several_prompts_and_photos_in_one_batch(
         for event, single in zip(steps, own, strict=True):
             name = f"video {index}, step {event.index}"
             assert_close(name, event.latents[index], single.latents[0], TOLERANCES["batch", "latents"])
-        assert_close(
-            f"frames {index}", videos[index].frames, alone.frames, TOLERANCES["parity", "frames"]
-        )
+        assert_close(f"frames {index}", videos[index].frames, alone.frames, TOLERANCES["parity", "frames"])
         assert videos[index].metadata["seed"] == request.seed
 
 
@@ -200,7 +203,7 @@ def test_corrected_dynamic_guidance_falls_with_the_step() -> None:
     scales = [guidance_scale(request, index, 999 - 20 * index) for index in range(50)]
     assert scales[0] == pytest.approx(7.0)
     assert scales[-1] == pytest.approx(1.0, abs=1e-6)
-    assert all(before >= after for before, after in zip(scales, scales[1:], strict=False))
+    assert all(before >= after for before, after in pairwise(scales))
     assert scales[10] == pytest.approx(1 + 6 * (1 - math.cos(math.pi * 0.8**5)) / 2)
 
 
@@ -360,7 +363,7 @@ def test_cogvideox_1_5_pads_in_front_and_inverts_the_image_scale(
     weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
     backbone.load_state_dict({key: weights[key] for key in backbone.state_dict()})
     scheduler = json.loads((parity / "checkpoint/scheduler/scheduler_config.json").read_text())
-    theirs = diffusers.CogVideoXImageToVideoPipeline(
+    theirs: Any = diffusers.CogVideoXImageToVideoPipeline(
         tokenizer=None,
         text_encoder=None,
         vae=diffusers.AutoencoderKLCogVideoX.from_pretrained(folder / "vae", torch_dtype=torch.float32),

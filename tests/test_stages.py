@@ -86,7 +86,11 @@ def test_a_profile_has_three_shapes_for_every_input(table: StageTable) -> None:
     graph = table.graph("denoiser")
     profile = table.profile(graph)
     assert set(profile) == {spec.name for spec in graph.inputs}
-    assert profile["latents"] == {"min": (1, 2, 32, 4, 4), "opt": (2, 3, 32, 8, 12), "max": (2, 5, 32, 12, 12)}
+    assert profile["latents"] == {
+        "min": (1, 2, 32, 4, 4),
+        "opt": (2, 3, 32, 8, 12),
+        "max": (2, 5, 32, 12, 12),
+    }
     assert profile["identity_gate"] == {"min": (1,), "opt": (1,), "max": (1,)}
     for shapes in profile.values():
         for low, middle, high in zip(shapes["min"], shapes["opt"], shapes["max"], strict=True):
@@ -109,7 +113,7 @@ def test_sizes_outside_their_range_are_refused_in_words(table: StageTable) -> No
 def test_samples_are_the_same_every_time_and_fit_the_contract(table: StageTable) -> None:
     for graph in table.graphs:
         for which in ("min", "opt", "max"):
-            sizes = table.sizes(which)  # type: ignore[arg-type]
+            sizes = table.sizes(which)
             first, again = (sample_inputs(graph, sizes, seed=3) for _ in range(2))
             assert all(torch.equal(first[name], again[name]) for name in first)
             bound = bind_sizes(graph, first)
@@ -137,7 +141,7 @@ def test_every_graph_runs_on_its_samples_and_gives_the_shapes_it_declares(
 ) -> None:
     for graph in table.graphs:
         for which in ("min", "opt"):
-            sizes = table.sizes(which)  # type: ignore[arg-type]
+            sizes = table.sizes(which)
             outputs = parity_pipeline.backend.runner(graph.name)(**sample_inputs(graph, sizes))
             assert list(outputs) == [spec.name for spec in graph.outputs]
             for spec in graph.outputs:
@@ -172,7 +176,7 @@ def test_inputs_that_break_the_contract_are_named(shapes: dict[str, Any], messag
 def test_stages_check_names_and_shapes(parity_pipeline: Pipeline) -> None:
     with pytest.raises(InputError, match="'input_ids' is missing"):
         parity_pipeline.stages["text_encoder"](ids=torch.zeros(1, 4, dtype=torch.int64))
-    with pytest.raises(InputError, match="latents .* are needed to make the rotary tables"):
+    with pytest.raises(InputError, match=r"latents .* are needed to make the rotary tables"):
         parity_pipeline.stages["denoiser"](text=torch.zeros(1, 40, 64))
     with pytest.raises(InputError, match="vae_decoder takes 'latents'; got 'z'"):
         parity_pipeline.stages["vae_decoder"](z=torch.zeros(1))

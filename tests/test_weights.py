@@ -101,7 +101,7 @@ def test_a_pickle_is_refused_with_the_way_out(tmp_path: Path, suffix: str) -> No
 
 
 def test_an_empty_or_absent_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="has no .safetensors file"):
+    with pytest.raises(CheckpointError, match=r"has no \.safetensors file"):
         SafetensorsFolder(tmp_path)
     with pytest.raises(CheckpointError, match="is not a folder"):
         SafetensorsFolder(tmp_path / "transformer")

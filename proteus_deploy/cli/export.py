@@ -12,16 +12,20 @@ HELP = "write every network of a checkpoint as ONNX: a bundle that runs without 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder in the published layout")
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="where the bundle goes")
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="weights and activations (fp32)")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="weights and activations (fp32)"
+    )
     parser.add_argument("--max-height", type=int, metavar="PIXELS", help="largest height to serve")
     parser.add_argument("--max-width", type=int, metavar="PIXELS", help="largest width to serve")
-    parser.add_argument("--max-num-frames", type=int, metavar="N", help="longest video to serve (twice the sample's)")
+    parser.add_argument(
+        "--max-num-frames", type=int, metavar="N", help="longest video to serve (twice the sample's)"
+    )
     parser.add_argument("--max-videos", type=int, default=1, metavar="N", help="videos in one batch (1)")
     parser.add_argument(
         "--reference",
         choices=("auto", "video", "stages", "none"),
         default="auto",
-        help="what the PyTorch reference records for `verify`; auto: video for small checkpoints, none for large",
+        help="what the PyTorch reference records for `verify`; auto: video if small, none if large",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DIR, once the new bundle is whole")
     parser.add_argument(
@@ -56,7 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
         )
     parity = bundle.manifest["parity"]
     if arguments.json:
-        print_json({"bundle": str(bundle.folder), "hash": bundle.hash, "dtype": bundle.dtype, "parity": parity})
+        print_json(
+            {"bundle": str(bundle.folder), "hash": bundle.hash, "dtype": bundle.dtype, "parity": parity}
+        )
         return 0
     errors = parity.get("relative_error", {})
     rows = []

@@ -136,6 +136,8 @@ class PhaseProgress:
         if phase != self._phase:
             self.__exit__(None, None, None)
             self._phase = phase
-            self._current = Progress(phase, total, unit="part", quiet=self._quiet, stream=self._stream).__enter__()
+            self._current = Progress(
+                phase, total, unit="part", quiet=self._quiet, stream=self._stream
+            ).__enter__()
         if self._current is not None and done > self._current.done:
             self._current.advance(done - self._current.done)

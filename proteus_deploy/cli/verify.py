@@ -15,10 +15,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend",
         action="append",
         metavar="NAME",
-        help="onnxruntime (default), openvino, tensorrt; with --checkpoint also eager, compiled. Repeat for several",
+        help="onnxruntime (default), openvino, tensorrt; with --checkpoint eager, compiled; repeatable",
     )
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="compute the reference from this checkpoint now")
-    parser.add_argument("--budget", type=Path, metavar="FILE", help="JSON of bounds that replace the built-in tolerances")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="compute the reference from this checkpoint now"
+    )
+    parser.add_argument(
+        "--budget", type=Path, metavar="FILE", help="JSON of bounds that replace the built-in tolerances"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report as JSON")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the report as Markdown")
 

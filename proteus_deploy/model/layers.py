@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 TRAIN_TIMESTEPS = 1000  # every published scheduler counts 0..999
 
 

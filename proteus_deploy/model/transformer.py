@@ -7,6 +7,8 @@ Sources: CogVideoX (arXiv 2408.06072) and its 1.5 release (`patch_size_t`, `ofs_
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,11 +33,13 @@ class Denoiser(nn.Module):
         self.config = backbone
         self.interval = identity.interval
         self.patch_embed = _PatchEmbed(backbone)
-        angles = {"flip_sin_to_cos": backbone.flip_sin_to_cos, "freq_shift": backbone.freq_shift}
-        self.time_table = SinusoidTable(backbone.width, **angles)
+        table = partial(
+            SinusoidTable, flip_sin_to_cos=backbone.flip_sin_to_cos, freq_shift=backbone.freq_shift
+        )
+        self.time_table = table(backbone.width)
         self.time_embedding = TimestepMLP(backbone.width, backbone.time_embed_dim)
         if backbone.ofs_embed_dim is not None:
-            self.ofs_table = SinusoidTable(backbone.ofs_embed_dim, **angles)
+            self.ofs_table = table(backbone.ofs_embed_dim)
             self.ofs_embedding = TimestepMLP(backbone.ofs_embed_dim, backbone.ofs_embed_dim)
         self.transformer_blocks = nn.ModuleList(_Block(backbone) for _ in range(backbone.num_layers))
         sites = -(

@@ -34,7 +34,7 @@ class OnnxRuntimeBackend:
             raise BackendError(f"ONNX Runtime has no {self.provider} here; it has {', '.join(available)}")
         if bundle.dtype == "bf16" and self.provider == "CPUExecutionProvider":
             raise BackendError(
-                "ONNX Runtime's CPU provider has no bfloat16 kernels; run this bundle with --backend openvino, "
+                "ONNX Runtime's CPU provider has no bfloat16 kernels; run this bundle with openvino, "
                 "or export it with --dtype fp32"
             )
         self.device = torch.device("cpu")  # ONNX Runtime moves tensors to its provider by itself

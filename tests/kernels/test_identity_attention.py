@@ -115,6 +115,4 @@ def test_the_input_is_not_written_to_and_may_be_strided() -> None:
     want = folded(hidden, key, value, weights, gate)
     assert torch.equal(hidden, before)
     strided = hidden.mT.contiguous().mT
-    assert_close(
-        "strided", folded(strided, key, value, weights, gate), want, TOLERANCES["kernel", "float32"]
-    )
+    assert_close("strided", folded(strided, key, value, weights, gate), want, TOLERANCES["kernel", "float32"])
