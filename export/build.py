@@ -18,8 +18,8 @@ from proteus_deploy._files import _sync_directory
 from proteus_deploy.bundle import ENGINES, MANIFEST, Bundle, EngineSet, write_engine_manifest
 from proteus_deploy.errors import BundleError, InputError
 from proteus_deploy.export.engine_cache import EngineCache
-from proteus_deploy.export.tensorrt_api import EngineOptions, TensorRT
 from proteus_deploy.export.tensorrt_engine import build_engine
+from proteus_deploy.runtime.tensorrt_api import EngineOptions, TensorRT
 from proteus_deploy.stages import Graph
 
 DEFAULT_FLAVOUR = "tensorrt_rtx"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from proteus_deploy.errors import BundleError, InputError
-from proteus_deploy.export.tensorrt_api import DTYPES
+from proteus_deploy.runtime.tensorrt_api import DTYPES
 from proteus_deploy.stages import Axis, Graph, StageTable, TensorSpec, axis_size, split_axis
 
 # First compute capability that has the type.

@@ -23,7 +23,7 @@ from proteus_deploy.export.reference import (
     save_stage,
     save_video,
 )
-from proteus_deploy.model.networks import NetworkFactory
+from proteus_deploy.network_factory import NetworkFactory
 from proteus_deploy.reporting import Report, no_report
 from proteus_deploy.runtime.backend import resolve_dtype, short_dtype
 from proteus_deploy.stage_table import ExportRanges, build_stage_table

@@ -15,7 +15,7 @@ from proteus_deploy.export import host_memory
 from proteus_deploy.export.engine_cache import EngineCache, cache_key
 from proteus_deploy.export.engine_contract import check_contract, check_precisions, read_contract
 from proteus_deploy.export.engine_source import EngineSource
-from proteus_deploy.export.tensorrt_api import EngineOptions, TensorRT, current_gpu
+from proteus_deploy.runtime.tensorrt_api import EngineOptions, TensorRT, current_gpu
 from proteus_deploy.stages import Graph, StageTable
 
 BUILT = "built, not run"

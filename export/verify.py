@@ -62,6 +62,11 @@ class VerificationReport:
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def headers(self) -> tuple[str, ...]:
+        """Names of the columns of `table`."""
+        return HEADERS
+
+    @property
     def passed(self) -> bool:
         """Something was compared, and nothing is outside its tolerance."""
         return any(row.status == "ok" for row in self.rows) and all(

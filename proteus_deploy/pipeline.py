@@ -262,16 +262,27 @@ class Pipeline:
         if not self.backend.checks_ranges:
             return
         backbone = self.config.backbone
+        patch_t, step = backbone.patch_size_t or 1, backbone.temporal_compression_ratio
         pixels = VAE_SPATIAL * backbone.patch_size
-        self.backend.table.check(
-            {
-                "B": videos * (2 if plan.guided else 1),
-                "f": latent_frames(plan.num_frames or 0, backbone) // (backbone.patch_size_t or 1),
-                "y": (plan.height or 0) // pixels,
-                "x": (plan.width or 0) // pixels,
-                "L": plan.max_sequence_length or 0,
-            }
-        )
+        rows_per_video = 2 if plan.guided else 1
+        longest = (self.backend.table.axes["f"].max * patch_t - 1) * step + 1
+        frames = latent_frames(plan.num_frames or 0, backbone) // patch_t
+        # (what the caller wrote, its value, symbol of the table, its size, one symbol in the caller's unit)
+        for name, value, symbol, size, unit in (
+            ("height", plan.height, "y", (plan.height or 0) // pixels, pixels),
+            ("width", plan.width, "x", (plan.width or 0) // pixels, pixels),
+            ("max_sequence_length", plan.max_sequence_length, "L", plan.max_sequence_length or 0, 1),
+            ("num_frames", plan.num_frames, "f", frames, None),
+            ("videos in a batch", videos, "B", videos * rows_per_video, None),
+        ):
+            bounds = self.backend.table.axes[symbol]
+            if bounds.min <= size <= bounds.max:
+                continue
+            if unit is not None:
+                allowed = f"{bounds.min * unit} to {bounds.max * unit}"
+            else:
+                allowed = f"up to {longest if symbol == 'f' else bounds.max // rows_per_video}"
+            raise InputError(f"{name} is {value}; this bundle was exported for {allowed} (axis {symbol})")
 
 
 class _Watch:

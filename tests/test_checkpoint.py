@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from proteus_deploy import CheckpointError, Pipeline
 from proteus_deploy.checkpoint import Checkpoint
-from proteus_deploy.model.networks import NetworkFactory
+from proteus_deploy.network_factory import NetworkFactory
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 

@@ -127,6 +127,28 @@ def test_a_run_gives_each_step_the_face_tokens_of_its_own_timestep(
             assert_close(f"face tokens at {timestep}", tokens, want, TOLERANCES["batch", "latents"])
 
 
+def test_the_denoiser_reads_fused_tokens_then_the_prompt_then_zeros(
+    parity: Path, small_request: SmallRequest
+) -> None:
+    """3, 26: one identity in front of both prompts of the guidance pair, and no padding of the encoder."""
+    with Pipeline.from_checkpoint(parity / "checkpoint") as pipeline:
+        texts: list[Tensor] = []
+
+        def keep(**given: Tensor) -> dict[str, Tensor]:
+            texts.append(given["text"])
+            return {"velocity": torch.zeros_like(given["latents"][:, :, :16])}
+
+        stages: Any = pipeline.stages
+        stages["denoiser"] = keep
+        pipeline.generate(small_request(prompt="A woman", negative_prompt=""))
+    negative, positive = texts[0]
+    assert torch.equal(negative[:8], positive[:8])
+    assert positive[8:10].abs().sum(dim=1).min() > 0
+    assert negative[8].any(), "an empty prompt is one token, its end"
+    assert not negative[9:].any()
+    assert not positive[20:].any()
+
+
 @pytest.mark.parametrize("guidance", [5.0, 1.0], ids=["guided", "unguided"])
 def test_several_prompts_and_photos_in_one_batch(
     parity_pipeline: Pipeline,

@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     from proteus_deploy.bundle import Bundle
     from proteus_deploy.export.build import build_bundle, select_graphs
     from proteus_deploy.export.engine_cache import EngineCache, default_folder
-    from proteus_deploy.export.tensorrt_api import EngineOptions, TensorRT
+    from proteus_deploy.runtime.tensorrt_api import EngineOptions, TensorRT
 
     options = EngineOptions(
         refit=arguments.refit,

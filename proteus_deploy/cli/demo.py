@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     report = _verification(demo, bundle, checkpoint)
     _video(demo, bundle, photo)
 
-    print_table(("backend", "check", "error", "tolerance", "status", "detail"), report.table())
+    print_table(report.headers, report.table())
     print()
     print_table(("what", "where", "note"), demo.done)
     print()
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _resolve_targets(names: Sequence[str]) -> tuple[str, ...]:
     """First of all, as a missing package should not show up after the export."""
     from proteus_deploy.export.build import DEFAULT_FLAVOUR
-    from proteus_deploy.export.tensorrt_api import TensorRT
+    from proteus_deploy.runtime.tensorrt_api import TensorRT
 
     try:
         api = TensorRT.load(DEFAULT_FLAVOUR)

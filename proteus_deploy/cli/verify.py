@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     from proteus_deploy.bundle import Bundle
     from proteus_deploy.cli.output import print_table
     from proteus_deploy.cli.progress import PhaseProgress
-    from proteus_deploy.export.verify import HEADERS, verify_bundle
+    from proteus_deploy.export.verify import verify_bundle
 
     bundle = Bundle.open(arguments.bundle)
     with PhaseProgress() as progress:
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
             budget=arguments.budget,
             report=progress,
         )
-    print_table(HEADERS, report.table())
+    print_table(report.headers, report.table())
     print("passed" if report.passed else "FAILED: figures above are outside their tolerance")
     if arguments.json is not None:
         write_json(arguments.json, report.to_json())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from proteus_deploy.errors import BackendError
-from proteus_deploy.model.networks import NetworkFactory
+from proteus_deploy.network_factory import NetworkFactory
 from proteus_deploy.runtime.backend import bind_sizes
 from proteus_deploy.stage_table import ExportRanges, build_stage_table
 from proteus_deploy.stages import Graph, StageTable

@@ -12,8 +12,8 @@ import torch
 
 from proteus_deploy._files import atomic_file
 from proteus_deploy.errors import BackendError, InputError
-from proteus_deploy.export.tensorrt_api import TensorRT, current_gpu
 from proteus_deploy.runtime.backend import bind_sizes, resolve_dtype
+from proteus_deploy.runtime.tensorrt_api import TensorRT, current_gpu
 from proteus_deploy.stages import Graph
 
 if TYPE_CHECKING:

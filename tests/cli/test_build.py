@@ -13,7 +13,7 @@ from proteus_deploy.bundle import Bundle
 from proteus_deploy.cli import build
 from proteus_deploy.cli import main as cli
 from proteus_deploy.cli.main import Command
-from proteus_deploy.export import tensorrt_api
+from proteus_deploy.runtime import tensorrt_api
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
 pytest.importorskip("onnx", reason="onnx is not installed")

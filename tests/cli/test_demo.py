@@ -15,7 +15,7 @@ from proteus_deploy.cli import demo
 from proteus_deploy.cli.main import main
 from proteus_deploy.errors import BackendError, InputError
 from proteus_deploy.export import export
-from proteus_deploy.export.tensorrt_api import TensorRT
+from proteus_deploy.runtime.tensorrt_api import TensorRT
 from proteus_deploy.video import read_video
 
 

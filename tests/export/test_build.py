@@ -20,10 +20,10 @@ import pytest
 from proteus_deploy.bundle import Bundle
 from proteus_deploy.errors import BackendError, BundleError, InputError
 from proteus_deploy.export import build as build_module
-from proteus_deploy.export import tensorrt_api
 from proteus_deploy.export.build import build_bundle
 from proteus_deploy.export.engine_cache import EngineCache
-from proteus_deploy.export.tensorrt_api import EngineOptions, TensorRT
+from proteus_deploy.runtime import tensorrt_api
+from proteus_deploy.runtime.tensorrt_api import EngineOptions, TensorRT
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
 

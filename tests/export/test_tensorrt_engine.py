@@ -12,10 +12,11 @@ import pytest
 
 from proteus_deploy.bundle import Bundle
 from proteus_deploy.errors import BackendError, BundleError, InputError
-from proteus_deploy.export import host_memory, tensorrt_api, tensorrt_engine
+from proteus_deploy.export import host_memory, tensorrt_engine
 from proteus_deploy.export.engine_cache import EngineCache, default_folder
-from proteus_deploy.export.tensorrt_api import EngineOptions, TensorRT, current_gpu
 from proteus_deploy.export.tensorrt_engine import build_engine
+from proteus_deploy.runtime import tensorrt_api
+from proteus_deploy.runtime.tensorrt_api import EngineOptions, TensorRT, current_gpu
 from proteus_deploy.stages import Graph, StageTable
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")

@@ -11,7 +11,8 @@ from torch import nn
 
 from proteus_deploy.checkpoint import Checkpoint
 from proteus_deploy.model.layers import sinusoid
-from proteus_deploy.model.networks import NetworkFactory, transformer_networks
+from proteus_deploy.model.networks import transformer_networks
+from proteus_deploy.network_factory import NetworkFactory
 
 
 def test_the_transformers_keys_are_split_over_its_stages(parity: Path) -> None:

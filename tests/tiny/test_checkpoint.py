@@ -12,7 +12,7 @@ from torch import Tensor
 from proteus_deploy import GenerateRequest, Pipeline
 from proteus_deploy.checkpoint import Checkpoint
 from proteus_deploy.errors import InputError
-from proteus_deploy.model.networks import NetworkFactory
+from proteus_deploy.network_factory import NetworkFactory
 from proteus_deploy.stage_table import build_stage_table
 from proteus_deploy.tiny import checkpoint as tiny
 from proteus_deploy.tiny.portrait import draw_portrait
