@@ -12,7 +12,7 @@ help:
 	@echo "make install   create $(VENV) and install the toolkit with its extras"
 	@echo "make check     ruff, formatting and mypy"
 	@echo "make test      make check, then every test"
-	@echo "make demo      checkpoint -> bundle -> engines -> verification -> demo/*.mp4"
+	@echo "make demo      checkpoint -> bundle -> engines -> verification -> demo/video.mp4"
 
 install: $(STAMP)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import fcntl
 import os
 import shutil
@@ -14,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from proteus_deploy._files import _sync_directory
+from proteus_deploy._files import publish_directory
 from proteus_deploy.bundle import ENGINES, MANIFEST, Bundle, EngineSet, write_engine_manifest
 from proteus_deploy.errors import BundleError, InputError
 from proteus_deploy.export.engine_cache import EngineCache
@@ -26,7 +24,6 @@ DEFAULT_FLAVOUR = "tensorrt_rtx"
 OnGraph = Callable[[str, Mapping[str, Any] | None], None]
 
 _PARTIAL = ".partial-"
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def build_bundle(
@@ -86,7 +83,7 @@ def build_bundle(
             seconds = round(time.monotonic() - started_s, 3)
             write_engine_manifest(partial, bundle, {**document, "seconds": seconds, "graphs": records})
             partial.chmod(0o755)
-            _publish(partial, final)
+            publish_directory(partial, final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return bundle.engines(target)
@@ -145,29 +142,3 @@ def _refuse_foreign(final: Path) -> None:
     ours = (final / MANIFEST).is_file() or (final.is_dir() and not any(final.iterdir()))
     if final.exists() and not ours:
         raise InputError(f"{final} exists and holds no engines of ours; move it away, then build again")
-
-
-def _publish(partial: Path, final: Path) -> None:
-    """Let `partial` become `final`; the engines that were there end up under the partial's name."""
-    if not final.exists():
-        partial.rename(final)
-    elif not _exchange(partial, final):
-        # Not atomic: killed between the two, there are no engines of this target until the next build.
-        old = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}old-", dir=final.parent))
-        os.replace(final, old)
-        os.replace(partial, final)
-        shutil.rmtree(old)
-    _sync_directory(final.parent)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step; False where the file system or the C library can't."""
-    library = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(library, "renameat2"):
-        return False
-    if library.renameat2(_AT_FDCWD, bytes(one), _AT_FDCWD, bytes(other), _RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-        return False
-    raise OSError(code, os.strerror(code), str(one))

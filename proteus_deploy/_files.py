@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +18,7 @@ from proteus_deploy.errors import InputError
 
 _TEMPORARY_MARK = ".partial-"
 _HASH_BLOCK_BYTES = 1 << 20
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
 
 def _sync_directory(folder: Path) -> None:
@@ -51,7 +54,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`; on success it becomes `path`.
 
-    With `replace`, a folder that is already there is moved away by a rename once the new one is whole.
+    With `replace`, a folder that is already there trades places with the new one once that is whole, so
+    that a process killed at any moment leaves the old folder or the new one (see publish_directory).
     What killed processes left of earlier attempts at the same folder is removed.
     Raises InputError when `path` already exists, is not an empty folder, and `replace` is not set.
     """
@@ -69,17 +73,39 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
                 with file.open("rb+") as stream:
                     os.fsync(stream.fileno())
         temporary.chmod(0o755)
-        if occupied:
-            old = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
-            os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
-        _sync_directory(path.parent)
+        publish_directory(temporary, path)
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
+
+
+def publish_directory(temporary: Path, path: Path) -> None:
+    """Let the whole folder `temporary` become `path`; the folder that was there gets the temporary's name.
+
+    One step where the file system can exchange two names. Elsewhere two renames: a process killed
+    between them leaves nothing at `path`.
+    """
+    if not path.exists():
+        temporary.rename(path)
+    elif not _exchange(temporary, path):
+        old = Path(tempfile.mkdtemp(prefix=f"{temporary.name}-", dir=path.parent))
+        os.replace(path, old)
+        os.replace(temporary, path)
+        os.replace(old, temporary)
+    _sync_directory(path.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where the file system or the C library can't."""
+    library = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(library, "renameat2"):
+        return False
+    if library.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(one))
 
 
 def _remove_abandoned(path: Path) -> None:

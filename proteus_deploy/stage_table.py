@@ -106,8 +106,15 @@ def _axes(config: TransformerConfig, ranges: ExportRanges) -> dict[str, AxisRang
         text = AxisRange(tokens, tokens, tokens)
     else:
         longest = max(height, width)
-        longest_height = _latents(ranges.max_height, longest, patch, "--max-height")
-        longest_width = _latents(ranges.max_width, longest, patch, "--max-width")
+        default_height = default_width = longest
+        if backbone.patch_size_t is not None:
+            default_height = min(longest, backbone.sample_height)
+            default_width = min(longest, backbone.sample_width)
+        longest_height = _latents(ranges.max_height, default_height, patch, "--max-height")
+        longest_width = _latents(ranges.max_width, default_width, patch, "--max-width")
+        if backbone.patch_size_t is not None:
+            _check_rotary_grid("--max-height", longest_height, backbone.sample_height)
+            _check_rotary_grid("--max-width", longest_width, backbone.sample_width)
         longest_frames = latent_frames(ranges.max_num_frames or 2 * backbone.sample_frames - 1, backbone)
         grid = {
             "f": _range(2 // patch_t or 1, frames // patch_t, longest_frames // patch_t),
@@ -145,6 +152,14 @@ def _latents(pixels: int | None, default: int, patch: int, flag: str) -> int:
             f"{flag} is {pixels}; it must be a multiple of {multiple}, at least {VAE_SPATIAL * _MIN_SIDE}"
         )
     return pixels // VAE_SPATIAL
+
+
+def _check_rotary_grid(flag: str, latents: int, limit: int) -> None:
+    """CogVideoX 1.5 cuts its rotary tables from a grid of the sample size; beyond it there is nothing."""
+    if latents > limit:
+        raise InputError(
+            f"{flag} is {latents * VAE_SPATIAL}; this checkpoint's rotary grid ends at {limit * VAE_SPATIAL} pixels"
+        )
 
 
 def _multiple(factor: int, symbol: str) -> Axis:

@@ -72,6 +72,25 @@ def parity() -> Path:
 
 
 @pytest.fixture(scope="session")
+def parity_bundle(parity: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The parity checkpoint as a float32 bundle, exported once. Read it, don't write into it."""
+    return _export(parity / "checkpoint", tmp_path_factory.mktemp("parity") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint as a float32 bundle, exported once. Read it, don't write into it."""
+    return _export(tiny_checkpoint, tmp_path_factory.mktemp("tiny") / "bundle")
+
+
+def _export(checkpoint: Path, destination: Path) -> Path:
+    from proteus_deploy.checkpoint import Checkpoint
+    from proteus_deploy.export.export import export_bundle
+
+    return export_bundle(Checkpoint.open(checkpoint), destination).folder
+
+
+@pytest.fixture(scope="session")
 def parity_pipeline(parity: Path) -> Iterator[Pipeline]:
     """The reference pipeline on the parity checkpoint, shared by tests that only run it."""
     from proteus_deploy import Pipeline

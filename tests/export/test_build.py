@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
+from proteus_deploy import _files
 from proteus_deploy.bundle import Bundle
 from proteus_deploy.errors import BackendError, BundleError, InputError
-from proteus_deploy.export import build as build_module
 from proteus_deploy.export.build import build_bundle
 from proteus_deploy.export.engine_cache import EngineCache
 from proteus_deploy.runtime import tensorrt_api
@@ -87,7 +87,7 @@ def test_replacing_works_on_every_file_system(
 ) -> None:
     build_bundle(bundle, "sm89", stages=["first"])
     if not exchange:
-        monkeypatch.setattr(build_module, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(_files, "_exchange", lambda one, other: False)
     assert len(build_bundle(bundle, "sm89").graphs) == 3
     assert not _hidden(bundle)
 
