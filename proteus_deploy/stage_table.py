@@ -158,7 +158,7 @@ def _check_rotary_grid(flag: str, latents: int, limit: int) -> None:
     """CogVideoX 1.5 cuts its rotary tables from a grid of the sample size; beyond it there is nothing."""
     if latents > limit:
         raise InputError(
-            f"{flag} is {latents * VAE_SPATIAL}; this checkpoint's rotary grid ends at {limit * VAE_SPATIAL} pixels"
+            f"{flag} is {latents * VAE_SPATIAL}; the rotary grid ends at {limit * VAE_SPATIAL} pixels"
         )
 
 
