@@ -82,7 +82,7 @@ def export_bundle(
                 "parity": _parity(folder, table, precision, scope, report),
             },
         )
-    return Bundle.open(destination)
+    return Bundle.open(destination, hashes=False)
 
 
 def _choose_scope(checkpoint: Checkpoint) -> ReferenceScope:
@@ -161,6 +161,7 @@ def _parity(
     from proteus_deploy.errors import BackendError
     from proteus_deploy.export.parity import graph_error
     from proteus_deploy.runtime.onnxruntime_backend import OnnxRuntimeGraph, open_session
+    from proteus_deploy.testing import error_order
 
     if scope == "none":
         return {"status": "not measured", "reason": "exported without a recorded reference"}
@@ -183,7 +184,8 @@ def _parity(
                 ) from error
             count += 1
             say("parity", count, len(table.graphs))
-        worst = max(errors.get(stage.graph.name, 0.0), graph_error(runner, stage, dtype).worst)
+        found = errors.get(stage.graph.name, 0.0), graph_error(runner, stage, dtype).worst
+        worst = max(found, key=error_order)
         errors[stage.graph.name] = float(f"{worst:.1e}")
     return {"status": "measured", "backend": "onnxruntime", "relative_error": errors}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from proteus_deploy.export.reference import StageReference
-from proteus_deploy.testing import relative_error
+from proteus_deploy.testing import error_order, relative_error
 
 if TYPE_CHECKING:
     from proteus_deploy.runtime.backend import Runner
@@ -24,11 +24,11 @@ class GraphError:
 
     @property
     def worst(self) -> float:
-        return max(self.errors.values())
+        return self.errors[self.worst_output]
 
     @property
     def worst_output(self) -> str:
-        return max(self.errors, key=lambda name: self.errors[name])
+        return max(self.errors, key=lambda name: error_order(self.errors[name]))
 
 
 def graph_error(

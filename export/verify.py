@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,7 +29,7 @@ from proteus_deploy.export.reference import (
 from proteus_deploy.pipeline import Pipeline
 from proteus_deploy.reporting import Report, no_report
 from proteus_deploy.runtime import BUNDLE_BACKENDS, CHECKPOINT_BACKENDS
-from proteus_deploy.testing import TOLERANCES, Tolerance, measured_error, relative_error
+from proteus_deploy.testing import TOLERANCES, Tolerance, error_order, measured_error, relative_error
 
 if TYPE_CHECKING:
     from proteus_deploy.runtime.backend import Backend
@@ -178,7 +179,7 @@ def _verify_stages(
     for stage in references:
         graph = stage.graph.name
         error = graph_error(backend.runner(graph), stage, backend.dtype)
-        if graph not in worst or error.worst > worst[graph][0]:
+        if graph not in worst or error_order(error.worst) > error_order(worst[graph][0]):
             worst[graph] = error.worst, f"{error.worst_output} at the {stage.sizes} sizes"
         say(f"verify {name}", graphs.index(graph) + 1, len(graphs))
     for graph, (error_value, detail) in worst.items():
@@ -202,16 +203,26 @@ def _verify_video(
         errors.append(relative_error(latents, reference.latents[index]))
         say(f"video {name}", index + 1, len(reference.latents))
 
-    video = pipeline.generate(
-        reference.request,
-        initial_latents=reference.initial_latents,
-        on_step=lambda event: compare(event.index, event.latents),
-    )
-    worst = max(errors)
+    frames, note = None, ""
+    try:
+        video = pipeline.generate(
+            reference.request,
+            initial_latents=reference.initial_latents,
+            on_step=lambda event: compare(event.index, event.latents),
+        )
+        frames = video.frames
+    except InputError as refusal:
+        if not errors:
+            raise
+        note = str(refusal)  # frames that are not numbers make no Video
+    worst = max(errors, key=error_order)
     detail = f"worst of {len(errors)} steps: step {errors.index(worst) + 1}"
     yield _row(name, "video latents", worst, tolerances["latents"], detail)
-    shape = "x".join(map(str, video.frames.shape[1:]))
-    error = measured_error(video.frames, reference.frames, tolerances["frames"])
+    if frames is None:
+        yield _row(name, "video frames", math.nan, tolerances["frames"], note)
+        return
+    shape = "x".join(map(str, frames.shape[1:]))
+    error = measured_error(frames, reference.frames, tolerances["frames"])
     yield _row(name, "video frames", error, tolerances["frames"], f"{shape} values in 0..1")
 
 
@@ -243,7 +254,7 @@ def _read_budget(file: Path) -> dict[str, float]:
     except (OSError, ValueError) as error:
         raise InputError(f"budget {file} is not readable JSON ({error})") from error
     is_bounds = isinstance(document, dict) and all(
-        isinstance(bound, int | float) and not isinstance(bound, bool) and bound > 0
+        isinstance(bound, int | float) and not isinstance(bound, bool) and 0 < bound < math.inf
         for bound in document.values()
     )
     if not is_bounds:

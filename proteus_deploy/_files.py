@@ -6,10 +6,11 @@ import ctypes
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     What killed processes left of earlier attempts at the same folder is removed.
     Raises InputError when `path` already exists, is not an empty folder, and `replace` is not set.
     """
+    path = path.resolve() if path.is_symlink() else path  # the folder is replaced, not the link to it
     occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
     if occupied and (not replace or not path.is_dir()):
         raise InputError(f"{path} already exists and is not empty; choose another folder or remove it")
@@ -127,10 +129,23 @@ def _is_running(process: int) -> bool:
     return True
 
 
+def without_nan(document: Any) -> Any:
+    """The document with NaN and infinities as None: JSON has no word for them."""
+    if isinstance(document, float):
+        return document if math.isfinite(document) else None
+    if isinstance(document, Mapping):
+        return {key: without_nan(value) for key, value in document.items()}
+    if isinstance(document, list | tuple):
+        return [without_nan(value) for value in document]
+    return document
+
+
 def write_json(path: Path, document: Any) -> None:
-    """Write `document` as sorted, indented JSON, atomically."""
+    """Write `document` as sorted, indented JSON, atomically; NaN and infinities become null."""
     with atomic_file(path) as temporary:
-        text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False)
+        text = json.dumps(
+            without_nan(document), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False
+        )
         temporary.write_text(text + "\n", encoding="utf-8")
 
 

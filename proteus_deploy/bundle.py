@@ -14,7 +14,8 @@ the same way. So a killed command leaves no half file that loads.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 from proteus_deploy._files import inside, sha256_of, write_json
 from proteus_deploy.errors import BundleError, InputError
 from proteus_deploy.model.config import TransformerConfig, read_transformer_config
+from proteus_deploy.reporting import Report, no_report
 from proteus_deploy.stages import StageTable
 
 SCHEMA_VERSION = 1
@@ -30,6 +32,7 @@ ENGINES = "engines"
 _FREE_FOLDERS = (ENGINES, "reports")  # not part of the export; engines carry their own manifest
 _KIND = "proteus_deploy bundle"
 _MAX_MANIFEST_BYTES = 32 << 20
+_HASH_THREADS = 4
 
 _REQUIRED: dict[str, type] = {
     "kind": str,
@@ -71,24 +74,27 @@ class Bundle:
     table: StageTable
 
     @classmethod
-    def open(cls, folder: str | Path) -> Bundle:
+    def open(cls, folder: str | Path, *, report: Report = no_report, hashes: bool = True) -> Bundle:
         """Read the manifest and check every listed file's size and sha256.
 
+        hashes: False leaves the sha256 out, for a bundle that this process has just written.
+        report("checking the bundle", done, total) counts files; a published-size bundle has 28 GB to read.
         Raises BundleError that names the field or file at fault: missing, truncated, altered, foreign,
         written by another schema version, or not a bundle at all.
         """
         folder = Path(folder)
         manifest = _read_manifest(folder / MANIFEST, _REQUIRED, _KIND)
-        check_files(folder, manifest["files"])
+        check_files(folder, manifest["files"], report=report, hashes=hashes)
         foreign = sorted(set(_own_files(folder)) - set(manifest["files"]))
         if foreign:
             raise BundleError(
                 f"{folder / foreign[0]} is not in the manifest; remove it or export the bundle again"
             )
-        table = StageTable.from_json(manifest["stage_table"])
+        table = _stage_table(folder / MANIFEST, manifest["stage_table"])
         for graph in table.graphs:
             record = manifest["graphs"].get(graph.name)
-            if record is None or record["file"] not in manifest["files"]:
+            file = record.get("file") if isinstance(record, dict) else None
+            if not isinstance(file, str) or file not in manifest["files"]:
                 raise BundleError(
                     f"{folder / MANIFEST}: graph {graph.name!r} has no ONNX file; export the bundle again"
                 )
@@ -110,7 +116,11 @@ class Bundle:
 
     def config(self, name: str) -> dict[str, Any]:
         """A published config kept in the bundle: transformer, vae or text_encoder."""
-        return json.loads(inside(self.folder, f"config/{name}.json").read_text())  # type: ignore[no-any-return]
+        file = inside(self.folder, f"config/{name}.json")
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{file} can't be read ({error}); export the bundle again") from error
 
     @property
     def transformer(self) -> TransformerConfig:
@@ -150,8 +160,9 @@ def _own_files(folder: Path) -> Iterator[str]:
     for file in folder.rglob("*"):
         name = file.relative_to(folder)
         hidden = any(part.startswith(".") for part in name.parts)
+        # A link to a folder counts as a file: nothing behind it is in the manifest.
         if (
-            file.is_file()
+            (file.is_file() or file.is_symlink())
             and not hidden
             and name.parts[0] not in _FREE_FOLDERS
             and name.as_posix() != MANIFEST
@@ -186,29 +197,62 @@ def _read_manifest(file: Path, required: Mapping[str, type], kind: str) -> dict[
     return document
 
 
-def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+def _stage_table(file: Path, document: Mapping[str, Any]) -> StageTable:
+    try:
+        return StageTable.from_json(document)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(
+            f"{file}: field 'stage_table' is not a stage table ({error!r}); export the bundle again"
+        ) from error
+
+
+def check_files(
+    folder: Path,
+    files: Mapping[str, Mapping[str, Any]],
+    *,
+    report: Report = no_report,
+    hashes: bool = True,
+) -> None:
     """Every listed file is inside `folder` with its size and sha256. Raises BundleError naming the file."""
-    for name, record in sorted(files.items()):
-        try:
-            file = inside(folder, name)
-        except InputError as error:
-            raise BundleError(f"{folder / MANIFEST} lists {name!r}, which is outside the bundle") from error
-        if not file.is_file():
-            raise BundleError(f"{file} is missing; the manifest lists it")
-        if (size := file.stat().st_size) != record["bytes"]:
+    names = sorted(files)
+    for name in names:
+        _check_size(folder, name, files[name]["bytes"])
+    if not hashes:
+        return
+    for index, (name, found) in enumerate(_hash_all(folder, names), start=1):
+        if found != files[name]["sha256"]:
             raise BundleError(
-                f"{file} has {size} bytes, the manifest says {record['bytes']}; it is truncated or altered"
+                f"{folder / name} differs from the manifest (sha256); it was altered after the export"
             )
-        if sha256_of(file) != record["sha256"]:
-            raise BundleError(f"{file} differs from the manifest (sha256); it was altered after the export")
+        report("checking the bundle", index, len(names))
+
+
+def _check_size(folder: Path, name: str, expected: int) -> None:
+    try:
+        file = inside(folder, name)
+    except InputError as error:
+        raise BundleError(f"{folder / MANIFEST} lists {name!r}, which is outside the bundle") from error
+    if not file.is_file():
+        raise BundleError(f"{file} is missing; the manifest lists it")
+    if (size := file.stat().st_size) != expected:
+        raise BundleError(
+            f"{file} has {size} bytes, the manifest says {expected}; it is truncated or altered"
+        )
+
+
+def _hash_all(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(name, sha256) in order. Hashing leaves the interpreter's lock, so threads share the work."""
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        yield from zip(names, pool.map(lambda name: sha256_of(folder / name), names), strict=True)
 
 
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:
     """{relative name: {"bytes", "sha256"}} of every file in `folder` except its manifest."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
+    names = [file.relative_to(folder).as_posix() for file in files]
     return {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != MANIFEST
+        name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
+        for name, digest in _hash_all(folder, names)
     }
 
 

@@ -6,6 +6,7 @@ other. A bound is relative (‖got - want‖ / ‖want‖ over the whole tensor)
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -118,6 +119,11 @@ def absolute_error(got: Any, want: Any) -> float:
     """The largest |got - want|, NaN where a number is not finite. Raises ValueError when shapes differ."""
     first, second = _pair(got, want)
     return float((first - second).abs().max().item()) if first.numel() else 0.0
+
+
+def error_order(error: float) -> float:
+    """Sort key of errors: NaN is worse than anything, where `max` alone may pass over it."""
+    return math.inf if math.isnan(error) else error
 
 
 def measured_error(got: Any, want: Any, tolerance: Tolerance) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from proteus_deploy import _files
 from proteus_deploy._files import atomic_directory, atomic_file, inside, sha256_of, write_json
 from proteus_deploy.errors import InputError
 
@@ -30,12 +32,31 @@ for round in range(1, 10_000):
 DIRECTORY_WRITER = """
 import sys
 from pathlib import Path
+from proteus_deploy import _files
 from proteus_deploy._files import atomic_directory
 print("ready", flush=True)
 for round in range(10_000):
     with atomic_directory(Path(sys.argv[1]) / f"bundle-{round}") as temporary:
         for index in range(20):
             (temporary / f"{index}.bin").write_bytes(bytes(8192))
+"""
+
+REPLACER = """
+import os, sys
+from pathlib import Path
+from proteus_deploy import _files
+if sys.argv[2] == "dies":  # at its worst moment: right before or right after the two names change places
+    exchange = _files._exchange
+    def die(*names):
+        if sys.argv[3] == "after":
+            exchange(*names)
+        os.kill(os.getpid(), 9)
+    _files._exchange = die
+print("ready", flush=True)
+for round in range(10_000):
+    with _files.atomic_directory(Path(sys.argv[1]) / "bundle", replace=True) as temporary:
+        for index in range(20):
+            (temporary / f"{index}.bin").write_bytes(bytes([round % 256]) * 8192)
 """
 
 
@@ -97,6 +118,86 @@ def test_atomic_directory_killed_at_any_moment_is_whole(tmp_path: Path) -> None:
         for bundle in folder.glob("bundle-*"):
             assert len(list(bundle.glob("*.bin"))) == 20
             assert {file.stat().st_size for file in bundle.iterdir()} == {8192}
+
+
+def _one_whole_folder(folder: Path) -> int:
+    """The round that wrote `folder`, after checking that one round wrote all of it."""
+    files = sorted(folder.iterdir())
+    assert len(files) == 20
+    contents = {file.read_bytes() for file in files}
+    assert len(contents) == 1, "files of two rounds in one folder"
+    return contents.pop()[0]
+
+
+def test_replaced_directory_is_there_at_any_moment(tmp_path: Path) -> None:
+    """Also while it is being replaced, and whenever the writer is killed."""
+    command = [sys.executable, "-c", REPLACER, str(tmp_path), "lives"]
+    rounds = set()
+    for _ in range(4):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+            while not (tmp_path / "bundle").exists():
+                time.sleep(0.001)
+            end_s = time.monotonic() + random.uniform(0.0, 0.15)
+            while time.monotonic() < end_s:
+                assert (tmp_path / "bundle").exists()
+            child.send_signal(signal.SIGKILL)
+            assert child.wait() == -signal.SIGKILL
+        rounds.add(_one_whole_folder(tmp_path / "bundle"))
+    assert len(rounds) > 1, "no folder was ever replaced; the test proves nothing"
+
+
+@pytest.mark.parametrize(("when", "want"), [("before", b"old"), ("after", bytes(8192))])
+def test_replacing_directory_killed_at_the_exchange(tmp_path: Path, when: str, want: bytes) -> None:
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "0.bin").write_bytes(b"old")
+    command = [sys.executable, "-c", REPLACER, str(tmp_path), "dies", when]
+    assert subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == -signal.SIGKILL
+    assert (tmp_path / "bundle" / "0.bin").read_bytes() == want
+    assert len(_names_in(tmp_path)) == 2
+    with atomic_directory(tmp_path / "bundle", replace=True):
+        pass
+    assert _names_in(tmp_path) == ["bundle"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("link", [True, False])
+def test_replacing_directory_on_every_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool, link: bool
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(_files, "_exchange", lambda one, other: False)
+    real, target = tmp_path / "disk" / "bundle", tmp_path / "bundle"
+    if link:
+        real.mkdir(parents=True)
+        target.symlink_to(real)
+    else:
+        real = target
+        target.mkdir()
+    for name in ("first", "second"):
+        with atomic_directory(target, replace=True) as temporary:
+            (temporary / name).touch()
+        assert _names_in(target) == [name]
+    assert target.is_symlink() == link
+    assert _names_in(real.parent) == ["bundle"]
+    with pytest.raises(InputError, match="not empty"), atomic_directory(target):
+        pass
+
+
+def test_exchange_says_what_went_wrong(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        _files._exchange(tmp_path / "absent", tmp_path)
+
+
+def test_abandoned_folders_of_living_processes_stay(tmp_path: Path) -> None:
+    alive, dead = tmp_path / f".partial-bundle-{os.getpid()}-x", tmp_path / ".partial-bundle-4194305-x"
+    other = tmp_path / ".partial-other-4194305-x"
+    for folder in (alive, dead, other):
+        folder.mkdir()
+    with atomic_directory(tmp_path / "bundle"):
+        pass
+    assert _names_in(tmp_path) == sorted(["bundle", alive.name, other.name])
 
 
 def test_atomic_directory_fills_an_empty_folder(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Build the engines of each target, print what was built, and return 0. Raises InputError."""
-    from proteus_deploy.bundle import Bundle
+    from proteus_deploy.cli.paths import open_bundle
     from proteus_deploy.export.build import build_bundle, select_graphs
     from proteus_deploy.export.engine_cache import EngineCache, default_folder
     from proteus_deploy.runtime.tensorrt_api import EngineOptions, TensorRT
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         optimization_level=arguments.optimization_level,
         tf32=arguments.tf32,
     )
-    bundle = Bundle.open(arguments.bundle)
+    bundle = open_bundle(arguments.bundle)
     graphs = select_graphs(bundle, arguments.stage)
     api = TensorRT.load(arguments.flavour)
     # All of them first: a wrong last target should not show up after an hour.

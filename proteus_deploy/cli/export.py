@@ -69,7 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
     for graph in bundle.table.graphs:
         record = bundle.manifest["graphs"][graph.name]
         size = sum(bundle.manifest["files"][name]["bytes"] for name in record["files"])
-        error = f"{errors[graph.name]:.1e}" if graph.name in errors else "not measured"
+        error = "not measured"
+        if graph.name in errors:  # null stands for NaN
+            error = "not a number" if errors[graph.name] is None else f"{errors[graph.name]:.1e}"
         rows.append([graph.name, str(sum(record["operators"].values())), f"{size / 2**20:.1f}", error])
     print_table(["graph", "nodes", "MiB", "error under ONNX Runtime"], rows)
     if parity["status"] != "measured":

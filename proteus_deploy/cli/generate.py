@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proteus_deploy.cli.output import print_json, print_table
-from proteus_deploy.cli.paths import kind_of
+from proteus_deploy.cli.paths import kind_of, open_bundle
 from proteus_deploy.cli.video_progress import VideoProgress, cancel_on_interrupt
 from proteus_deploy.errors import BackendError, InputError
 

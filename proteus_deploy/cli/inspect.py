@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proteus_deploy.cli.output import print_json, print_table
-from proteus_deploy.cli.paths import kind_of
+from proteus_deploy.cli.paths import kind_of, open_bundle
 
 if TYPE_CHECKING:
     from proteus_deploy.bundle import Bundle
@@ -57,9 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         document = describe_checkpoint(Checkpoint.open(arguments.path))
         show = _print_checkpoint
     else:
-        from proteus_deploy.bundle import Bundle
-
-        document = describe_bundle(Bundle.open(arguments.path))
+        document = describe_bundle(open_bundle(arguments.path))
         show = _print_bundle
     if arguments.json:
         print_json(document)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from proteus_deploy._files import without_nan
 
 _GAP = "  "
 
@@ -55,17 +56,6 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     print(format_table(headers, rows))
 
 
-def _finite(document: Any) -> Any:
-    """The document with NaN and infinities as None: JSON has no word for them."""
-    if isinstance(document, float):
-        return document if math.isfinite(document) else None
-    if isinstance(document, Mapping):
-        return {key: _finite(value) for key, value in document.items()}
-    if isinstance(document, list | tuple):
-        return [_finite(value) for value in document]
-    return document
-
-
 def print_json(document: Any) -> None:
     """Print one indented ASCII JSON document; NaN and infinities become null."""
-    print(json.dumps(_finite(document), indent=2, allow_nan=False))
+    print(json.dumps(without_nan(document), indent=2, allow_nan=False))

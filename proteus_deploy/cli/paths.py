@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from proteus_deploy.cli.progress import PhaseProgress
 from proteus_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from proteus_deploy.bundle import Bundle
 
 Kind = Literal["bundle", "checkpoint"]
 
 _MARKS: tuple[tuple[str, Kind], ...] = (("manifest.json", "bundle"), ("model_index.json", "checkpoint"))
+_SLOW_BYTES = 2 << 30  # about a second of hashing
 _MAX_PARENTS = 4  # engines/<target>/<graph>.engine is three below its bundle
 
 
@@ -34,6 +39,15 @@ def kind_of(path: Path) -> Kind:
             "a bundle one with manifest.json"
         )
     raise InputError(f"{path} is {what}: neither a checkpoint nor a bundle")
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Open and check a bundle; with progress where reading it takes more than a moment."""
+    from proteus_deploy.bundle import Bundle
+
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
+    with PhaseProgress(quiet=size < _SLOW_BYTES) as report:
+        return Bundle.open(path, report=report)
 
 
 def _kind_here(path: Path) -> Kind | None:

@@ -29,12 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from proteus_deploy._files import atomic_file, write_json
-    from proteus_deploy.bundle import Bundle
     from proteus_deploy.cli.output import print_table
+    from proteus_deploy.cli.paths import open_bundle
     from proteus_deploy.cli.progress import PhaseProgress
     from proteus_deploy.export.verify import verify_bundle
 
-    bundle = Bundle.open(arguments.bundle)
+    bundle = open_bundle(arguments.bundle)
     with PhaseProgress() as progress:
         report = verify_bundle(
             bundle,

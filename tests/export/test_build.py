@@ -249,9 +249,8 @@ def test_killed_build_leaves_nothing_half_made(bundle: Bundle) -> None:
 DEATHS = [
     ("write_engine_manifest", "before"),
     ("write_engine_manifest", "after"),
-    ("_exchange", "before"),
-    ("_exchange", "after"),
-    ("_publish", "after"),
+    ("publish_directory", "before"),
+    ("publish_directory", "after"),
 ]
 SUICIDE = """
 import os, sys
@@ -274,7 +273,7 @@ def test_killed_while_replacing_leaves_old_or_new(bundle: Bundle, function: str,
     build_bundle(bundle, "sm89", stages=["first"])
     command = [sys.executable, "-c", SUICIDE, str(bundle.folder), function, when]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-    replaced = (function, when) in (("_exchange", "after"), ("_publish", "after"))
+    replaced = (function, when) == ("publish_directory", "after")
     options = bundle.engines("sm89").document["options"]
     assert options["optimization_level"] == (1 if replaced else None)
     build_bundle(bundle, "sm89", stages=["first"])
