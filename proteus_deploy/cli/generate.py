@@ -170,7 +170,7 @@ def _open(kind: str, arguments: argparse.Namespace) -> Pipeline:
                 "leave the flag out, or export again with it"
             )
         return Pipeline.from_bundle(
-            arguments.path,
+            open_bundle(arguments.path),
             backend=backend or _BUNDLE_BACKENDS[0],
             device=arguments.device,
             vae_tiling=arguments.vae_tiling,
