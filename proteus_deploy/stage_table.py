@@ -70,6 +70,8 @@ def build_stage_table(checkpoint: Checkpoint, ranges: ExportRanges | None = None
     config, ranges = checkpoint.transformer, ranges or ExportRanges()
     if ranges.max_videos < 1:
         raise InputError(f"max_videos is {ranges.max_videos}; it must be at least 1")
+    if ranges.max_num_frames is not None and ranges.max_num_frames < 1:
+        raise InputError(f"--max-num-frames is {ranges.max_num_frames}; it must be at least 1")
     graphs = [
         _text_encoder(checkpoint),
         *_identity_graphs(config),

@@ -28,6 +28,7 @@ LAYERS = (
         "pipeline",
     ),
     ("export",),
+    ("evaluate", "training"),
     ("serving",),
     ("benchmarks",),
     ("cli",),
