@@ -70,6 +70,8 @@ def export_bundle(
         _copy_configs(checkpoint, folder)
         if scope != "none":
             _record(checkpoint, table, folder / "reference", scope, report)
+        parity = _parity(folder, table, precision, scope, report)
+        report("hash the checkpoint and the bundle", 0, 1)
         write_manifest(
             folder,
             {
@@ -79,9 +81,10 @@ def export_bundle(
                 "graphs": graphs,
                 "reference": scope,
                 "versions": versions(),
-                "parity": _parity(folder, table, precision, scope, report),
+                "parity": parity,
             },
         )
+    report("hash the checkpoint and the bundle", 1, 1)
     return Bundle.open(destination, hashes=False)
 
 

@@ -10,7 +10,8 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from proteus_deploy.errors import InputError
 
 _TEMPORARY_MARK = ".partial-"
 _HASH_BLOCK_BYTES = 1 << 20
+_HASH_THREADS = 4
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
 
@@ -156,6 +158,12 @@ def sha256_of(path: Path) -> str:
         while block := stream.read(_HASH_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def hash_files(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(name, sha256) of files in `folder`, in order; threads share the work, hashing leaves the lock."""
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        yield from zip(names, pool.map(lambda name: sha256_of(folder / name), names), strict=True)
 
 
 def inside(folder: Path, name: str) -> Path:

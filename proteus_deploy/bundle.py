@@ -14,13 +14,12 @@ the same way. So a killed command leaves no half file that loads.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from proteus_deploy._files import inside, sha256_of, write_json
+from proteus_deploy._files import hash_files, inside, sha256_of, write_json
 from proteus_deploy.errors import BundleError, InputError
 from proteus_deploy.model.config import TransformerConfig, read_transformer_config
 from proteus_deploy.reporting import Report, no_report
@@ -32,7 +31,6 @@ ENGINES = "engines"
 _FREE_FOLDERS = (ENGINES, "reports")  # not part of the export; engines carry their own manifest
 _KIND = "proteus_deploy bundle"
 _MAX_MANIFEST_BYTES = 32 << 20
-_HASH_THREADS = 4
 
 _REQUIRED: dict[str, type] = {
     "kind": str,
@@ -216,10 +214,13 @@ def check_files(
     """Every listed file is inside `folder` with its size and sha256. Raises BundleError naming the file."""
     names = sorted(files)
     for name in names:
-        _check_size(folder, name, files[name]["bytes"])
+        record = files[name]
+        if not isinstance(record, dict) or not {"bytes", "sha256"} <= set(record):
+            raise BundleError(f"{folder / MANIFEST}: files[{name!r}] must hold 'bytes' and 'sha256'")
+        _check_size(folder, name, record["bytes"])
     if not hashes:
         return
-    for index, (name, found) in enumerate(_hash_all(folder, names), start=1):
+    for index, (name, found) in enumerate(hash_files(folder, names), start=1):
         if found != files[name]["sha256"]:
             raise BundleError(
                 f"{folder / name} differs from the manifest (sha256); it was altered after the export"
@@ -240,19 +241,13 @@ def _check_size(folder: Path, name: str, expected: int) -> None:
         )
 
 
-def _hash_all(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(name, sha256) in order. Hashing leaves the interpreter's lock, so threads share the work."""
-    with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        yield from zip(names, pool.map(lambda name: sha256_of(folder / name), names), strict=True)
-
-
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:
     """{relative name: {"bytes", "sha256"}} of every file in `folder` except its manifest."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
     names = [file.relative_to(folder).as_posix() for file in files]
     return {
         name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
-        for name, digest in _hash_all(folder, names)
+        for name, digest in hash_files(folder, names)
     }
 
 

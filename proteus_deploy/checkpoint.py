@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from proteus_deploy._files import sha256_of
+from proteus_deploy._files import hash_files
 from proteus_deploy.errors import CheckpointError
 from proteus_deploy.model.config import TransformerConfig, read_transformer_config
 from proteus_deploy.weights import SafetensorsFolder, read_json
@@ -103,11 +103,11 @@ class Checkpoint:
     def hash(self) -> str:
         """sha256 over every file's relative name and content hash, in name order; hidden ones left out."""
         digest = hashlib.sha256()
-        for file in sorted(self.folder.rglob("*")):
-            name = file.relative_to(self.folder)
-            # A download leaves time stamps in .cache, which are no part of the checkpoint.
-            if file.is_file() and not any(part.startswith(".") for part in name.parts):
-                digest.update(f"{name.as_posix()}\0{sha256_of(file)}\n".encode())
+        found = (file.relative_to(self.folder) for file in sorted(self.folder.rglob("*")) if file.is_file())
+        # A download leaves time stamps in .cache, which are no part of the checkpoint.
+        names = [name.as_posix() for name in found if not any(part.startswith(".") for part in name.parts)]
+        for name, content in hash_files(self.folder, names):
+            digest.update(f"{name}\0{content}\n".encode())
         if self.random_weights_seed is not None:
             digest.update(f"random weights {self.random_weights_seed}\n".encode())
         return digest.hexdigest()

@@ -83,6 +83,25 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     return _export(tiny_checkpoint, tmp_path_factory.mktemp("tiny") / "bundle")
 
 
+@pytest.fixture
+def instant_export(parity_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports of the parity checkpoint in float32 take their graphs from `parity_bundle`."""
+    import shutil
+
+    from proteus_deploy.bundle import Bundle
+    from proteus_deploy.export import export
+    from proteus_deploy.export.onnx_graph import ExportedGraph
+
+    bundle = Bundle.open(parity_bundle)
+
+    def take(graph: Any, table: Any, network: Any, destination: Path, **_: Any) -> ExportedGraph:
+        shutil.copyfile(bundle.onnx_file(graph.name), destination)
+        record = bundle.manifest["graphs"][graph.name]
+        return ExportedGraph((destination.name,), record["opset"], record["operators"], 0)
+
+    monkeypatch.setattr(export, "export_graph", take)
+
+
 def _export(checkpoint: Path, destination: Path) -> Path:
     from proteus_deploy.checkpoint import Checkpoint
     from proteus_deploy.export.export import export_bundle

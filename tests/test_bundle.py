@@ -188,9 +188,7 @@ def test_manifest_of_absurd_size_is_not_read(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["absent", "."])
 def test_folder_that_is_no_bundle(tmp_path: Path, name: str) -> None:
-    with pytest.raises(
-        BundleError, match=r"has no manifest\.json; a bundle is a folder that"
-    ):
+    with pytest.raises(BundleError, match=r"has no manifest\.json; a bundle is a folder that"):
         Bundle.open(tmp_path / name)
 
 

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from proteus_deploy.cli.progress import Progress
+from proteus_deploy.cli.progress import PhaseProgress, Progress
 
 
 class FakeClock:
@@ -90,3 +90,61 @@ def test_default_stream_is_standard_error(capsys: pytest.CaptureFixture[str]) ->
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 2
+
+
+def test_phases_follow_each_other() -> None:
+    stream = io.StringIO()
+    with PhaseProgress(stream=stream) as report:
+        report("export", 0, 2)
+        report("export", 2, 2)
+        report("export", 2, 2)  # said twice, counted once
+        report("parity", 1, 1)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "export: started, 2 parts"
+    assert lines[1].startswith("export: done, 2 parts in ")
+    assert lines[2] == "parity: started, 1 part"
+    assert lines[3].startswith("parity: done, 1 part in ")
+    assert len(lines) == 4
+
+
+def test_phase_that_comes_again_starts_again() -> None:
+    stream = io.StringIO()
+    with PhaseProgress(stream=stream) as report:
+        for phase in ("verify", "video", "verify"):
+            report(phase, 1, 1)
+    assert [line.split(":")[0] for line in stream.getvalue().splitlines()] == [
+        *["verify"] * 2,
+        *["video"] * 2,
+        *["verify"] * 2,
+    ]
+
+
+def test_error_says_in_which_phase_it_stopped() -> None:
+    stream = io.StringIO()
+
+    def work() -> None:
+        with PhaseProgress(stream=stream) as report:
+            report("export", 3, 8)
+            raise RuntimeError("no space")
+
+    with pytest.raises(RuntimeError):
+        work()
+    assert stream.getvalue().splitlines()[-1].startswith("export: stopped at 3/8 parts after ")
+
+
+def test_phases_without_a_word() -> None:
+    stream = FakeTerminal()
+    with PhaseProgress(quiet=True, stream=stream) as report:
+        report("export", 1, 2)
+    with PhaseProgress(stream=stream):
+        pass  # nothing was ever reported
+    assert stream.getvalue() == ""
+
+
+def test_phases_on_a_terminal_are_bars() -> None:
+    stream = FakeTerminal()
+    with PhaseProgress(stream=stream) as report:
+        report("export", 2, 2)
+        report("parity", 3, 3)
+    assert "2/2" in stream.getvalue()
+    assert "3/3" in stream.getvalue()

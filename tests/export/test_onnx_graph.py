@@ -12,6 +12,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from proteus_deploy.export.onnx_graph import ExportedGraph, export_graph
 from proteus_deploy.export.parity import graph_error
 from proteus_deploy.export.reference import StageReference
 from proteus_deploy.network_factory import NetworkFactory
+from proteus_deploy.runtime.backend import short_dtype
 from proteus_deploy.runtime.eager import EagerBackend
 from proteus_deploy.runtime.onnxruntime_backend import OnnxRuntimeGraph, open_session
 from proteus_deploy.stage_table import ExportRanges, build_stage_table
@@ -47,6 +49,15 @@ GRAPHS = (
     "vae_decoder_next",
 )
 MEDIAN = {"B": 2, "f": 4, "y": 5, "x": 3, "L": 23, "N": 17, "P": 3, "M": 11, "T": 7, "h": 5, "w": 9, "I": 1}
+
+
+# Published weights that no forward pass reads, and the second name of T5's tied embedding.
+_TAII = "fuse_facital_attention"
+NEVER_READ = {
+    f"{_TAII}.latents",
+    *(f"{_TAII}.proj_out.{index}.{kind}" for index in (0, 1) for kind in ("weight", "bias")),
+    "t5.shared.weight",
+}
 
 
 class Exported:
@@ -73,20 +84,15 @@ class Exported:
 
     def check(self, runner: Any = None) -> None:
         """Compare with the eager reference at the smallest, tuned and largest sizes."""
-        tolerance = TOLERANCES["bundle", "graph", {4: "fp32"}.get(self.dtype.itemsize, self.short)]
+        tolerance = TOLERANCES["bundle", "graph", short_dtype(self.dtype)]
         run = runner or OnnxRuntimeGraph(self.graph, open_session(self.file))
         for stage in self.references():
             error = graph_error(run, stage, self.dtype)
-            print(f"{self.graph.name} at {stage.sizes}: {error.errors}")
             assert error.worst <= tolerance.bound, (stage.sizes, error.errors)
-
-    @property
-    def short(self) -> str:
-        return {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(self.dtype, "fp32")
 
 
 def reference(eager: EagerBackend, graph: Graph, table: StageTable, sizes: Any) -> StageReference:
-    values = table.sizes(sizes) if isinstance(sizes, str) else {**table.sizes("opt"), **sizes}
+    values = {**table.sizes("opt"), **sizes} if isinstance(sizes, dict) else table.sizes(sizes)
     inputs = sample_inputs(graph, values, seed=11)
     return StageReference(graph, str(sizes), inputs, eager.runner(graph.name)(**inputs))
 
@@ -127,7 +133,6 @@ def test_sizes_that_were_never_traced(bundle: Bundle, eager: EagerBackend, graph
     for sizes in ("min", "opt", "max", MEDIAN):
         stage = reference(eager, contract, bundle.table, sizes)
         error = graph_error(run, stage, torch.float32)
-        print(f"{graph} at {stage.sizes}: {error.worst:.2g}")
         assert error.worst <= TOLERANCES["bundle", "graph", "fp32"].bound, (stage.sizes, error.errors)
 
 
@@ -135,9 +140,8 @@ def test_sizes_that_were_never_traced(bundle: Bundle, eager: EagerBackend, graph
 def test_parameters_keep_their_names_layout_and_values(parity: Path, bundle: Bundle, graph: str) -> None:
     network = NetworkFactory(Checkpoint.open(parity / "checkpoint"), folded=True)(graph)
     found = {tensor.name: tensor for tensor in load(bundle.onnx_file(graph)).graph.initializer}
-    names = [name for name, _ in network.module.named_parameters()]
-    missing = [name for name in names if name not in found]
-    assert not missing
+    names = [name for name, _ in network.module.named_parameters() if name not in NEVER_READ]
+    assert not [name for name in names if name not in found]
     for name in names:
         want = network.source.tensor(network.key_of(name))
         assert tuple(found[name].dims) == tuple(want.shape), name
@@ -153,7 +157,7 @@ def test_operators_are_standard_and_buildable(bundle: Bundle, graph: str) -> Non
     assert not model.functions
     operators = {node.op_type for node in model.graph.node}
     assert not {name for name in operators if "Sequence" in name or "Scatter" in name}
-    assert not operators & {"Loop", "If", "Scan", "NonZero", "Shape0"}
+    assert not operators & {"Loop", "If", "Scan", "NonZero"}
     record = bundle.manifest["graphs"][graph]
     assert set(record["operators"]) == operators
     assert record["opset"] == next(entry.version for entry in model.opset_import if entry.domain == "")
@@ -222,6 +226,7 @@ def test_identity_attention_is_folded(bundle: Bundle) -> None:
             assert not of_video & set(first.input), f"{name} is multiplied with video tokens"
 
 
+@pytest.mark.slow
 def test_another_process_writes_the_same_bytes(
     parity: Path, bundle: Bundle, tmp_path: Path, repository: Path
 ) -> None:
@@ -259,7 +264,7 @@ class CountingWeights:
     def __init__(self, source: Any) -> None:
         self.source = "counted weights"
         self._store = source
-        self.alive: list[weakref.ref[Tensor]] = []
+        self.alive: list[weakref.ref[Any]] = []
         self.most = 0
         self.reads: list[str] = []
 
@@ -271,29 +276,25 @@ class CountingWeights:
         return shape
 
     def tensor(self, key: str) -> Tensor:
-        tensor: Tensor = self._store.tensor(key).clone()
-        self.alive = [*(ref for ref in self.alive if ref() is not None), weakref.ref(tensor)]
+        # The array owns the memory and lives as long as any tensor on it; float32, so no cast copies it.
+        memory = self._store.tensor(key).float().numpy().copy()
+        self.alive = [*(ref for ref in self.alive if ref() is not None), weakref.ref(memory)]
         self.most = max(self.most, len(self.alive))
         self.reads.append(key)
-        return tensor
+        return torch.from_numpy(memory)
 
 
 @pytest.mark.parametrize("limit", [1 << 30, 0], ids=["embedded", "external"])
 def test_weights_are_read_one_at_a_time(
     parity: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
-    """A real model's weights don't fit into memory: external data must never hold two tensors.
-
-    Embedded weights end up in one message, so there it is the count of reads that matters.
-    """
+    """A real model's weights don't fit into memory, whichever way they are written."""
     monkeypatch.setattr(onnx_graph, "EMBED_LIMIT_BYTES", limit)
     checkpoint = Checkpoint.open(parity / "checkpoint")
-    table, network = (
-        build_stage_table(checkpoint),
-        NetworkFactory(checkpoint, folded=True)("identity_schedule"),
-    )
+    table = build_stage_table(checkpoint)
+    network = NetworkFactory(checkpoint, folded=True)("identity_schedule")
     weights = CountingWeights(network.source)
-    object.__setattr__(network, "source", weights)
+    network = replace(network, source=weights)
     said: list[tuple[int, int]] = []
     graph = table.graph("identity_schedule")
     file = tmp_path / "graph.onnx"
@@ -301,7 +302,7 @@ def test_weights_are_read_one_at_a_time(
         graph, table, network, file, dtype=torch.float32, report=lambda *done: said.append(done)
     )
     assert weights.most <= 2, "the one being read and at most the one being written"
-    assert len(set(weights.reads)) == exported.parameters
+    assert sorted(weights.reads) == sorted(set(network.module.state_dict()) - NEVER_READ)
     assert said[-1][0] == said[-1][1]
     if limit:
         assert exported.files == ("graph.onnx",)
@@ -332,9 +333,7 @@ def test_half_precision(export: Callable[..., Exported]) -> None:
     kept = [name for name in kinds if name.endswith("DenseReluDense.wo.weight")]
     assert kept
     assert {kinds[name] for name in kept} == {onnx.TensorProto.FLOAT}, "T5 overflows there in half precision"
-    assert kinds["t5.shared.weight" if "t5.shared.weight" in kinds else "t5.encoder.embed_tokens.weight"] == (
-        onnx.TensorProto.FLOAT16
-    )
+    assert kinds["t5.encoder.embed_tokens.weight"] == onnx.TensorProto.FLOAT16
 
 
 def test_half_precision_denoiser(
@@ -406,6 +405,7 @@ def test_several_videos_in_one_batch(
     exported.check()
 
 
+@pytest.mark.slow
 def test_several_identities_in_one_batch(export: Callable[..., Exported]) -> None:
     exported = export("identity_fusion", max_videos=3)
     assert exported.table.axes["I"].max == 3

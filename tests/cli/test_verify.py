@@ -1,0 +1,87 @@
+"""`proteus-deploy verify`: table, exit codes, documents."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proteus_deploy.bundle import Bundle
+from proteus_deploy.cli.main import main
+from proteus_deploy.export import verify
+
+pytest.importorskip("onnxruntime")
+
+
+def test_good_bundle(parity_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--json", str(tmp_path / "new/report.json"), "--markdown", str(tmp_path / "report.md")]
+    assert main(["verify", str(parity_bundle), *files]) == 0
+    output = capsys.readouterr()
+    lines = output.out.splitlines()
+    assert lines[0].split() == ["backend", "check", "error", "tolerance", "kind", "status", "detail"]
+    assert lines[-1] == "passed"
+    assert (
+        sum(line.split()[0] == "onnxruntime" for line in lines)
+        == len(Bundle.open(parity_bundle).table.graphs) + 2
+    )
+    assert "verify onnxruntime: done" in output.err
+    document = json.loads((tmp_path / "new/report.json").read_text())
+    assert document["passed"]
+    assert (tmp_path / "report.md").read_text().startswith("# Verification of bundle (fp32)")
+
+
+def test_past_a_tolerance(parity_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 1, the graph is named, and the documents are written all the same."""
+    (tmp_path / "budget.json").write_text('{"identity_schedule": 1e-12}')
+    words = ["--budget", str(tmp_path / "budget.json"), "--json", str(tmp_path / "report.json")]
+    assert main(["verify", str(parity_bundle), *words]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if " failed " in line] == ["identity_schedule"]
+    assert lines[-1].startswith("FAILED")
+    document = json.loads((tmp_path / "report.json").read_text())
+    assert not document["passed"]
+
+
+def test_not_a_number_is_null_in_json(
+    parity_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = verify.Row("onnxruntime", "denoiser", math.nan, 1e-4, "failed", "relative")
+    report = verify.VerificationReport("bundle", "fp32", (row,), {}, {})
+
+    def give(*_: Any, **__: Any) -> verify.VerificationReport:
+        return report
+
+    monkeypatch.setattr(verify, "verify_bundle", give)
+    assert main(["verify", str(parity_bundle), "--json", str(tmp_path / "report.json")]) == 1
+    assert " nan " in capsys.readouterr().out
+    document = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert document["rows"][0]["error"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--backend", "torch"],
+            "backend 'torch' is unknown; a bundle runs with onnxruntime, openvino, tensorrt",
+        ),
+        (["--backend", "eager"], "pass it with --checkpoint"),
+        (["--budget", "absent.json"], "budget absent.json is not readable JSON"),
+        (["--checkpoint", "absent"], "absent is not a folder"),
+    ],
+)
+def test_wrong_input(
+    parity_bundle: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert main(["verify", str(parity_bundle), *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_folder_that_is_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "has no manifest.json" in capsys.readouterr().err
