@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from proteus_deploy._files import publish_directory
 from proteus_deploy.bundle import ENGINES, MANIFEST, Bundle, EngineSet, write_engine_manifest
-from proteus_deploy.errors import BundleError, InputError
+from proteus_deploy.errors import BundleError, Cancelled, InputError
 from proteus_deploy.export.engine_cache import EngineCache
 from proteus_deploy.export.tensorrt_engine import build_engine
 from proteus_deploy.runtime.tensorrt_api import EngineOptions, TensorRT
@@ -36,14 +37,16 @@ def build_bundle(
     cache: EngineCache | None = None,
     force_memory: bool = False,
     progress: OnGraph | None = None,
+    cancel: Event | None = None,
 ) -> EngineSet:
     """Build engines into `bundle.folder/engines/<target>/` and return them.
 
     stages: only these; engines of other stages stay when they were built from the same export by the same
     package with the same options. progress: called with (graph, None) before a build, (graph, record) after.
+    cancel: looked at between engines, and within one where TensorRT reports its steps.
 
     The folder is replaced in one rename: a process killed at any moment leaves the old engines or the new.
-    Raises InputError, BundleError or BackendError; then nothing is changed.
+    Raises InputError, BundleError, BackendError or Cancelled; then nothing is changed.
     """
     api = TensorRT.load(flavour or DEFAULT_FLAVOUR)
     target = api.resolve_target(target)
@@ -65,6 +68,7 @@ def build_bundle(
             started_s = time.monotonic()
             records = {} if stages is None else _keep(bundle, document, graphs, partial)
             for graph in graphs:
+                _stop_if(cancel)
                 report(graph.name, None)
                 record = build_engine(
                     bundle.onnx_file(graph.name),
@@ -77,9 +81,11 @@ def build_bundle(
                     options=options,
                     cache=cache,
                     force_memory=force_memory,
+                    cancel=cancel,
                 )
                 records[graph.name] = {"stage": graph.stage, **record}
                 report(graph.name, records[graph.name])
+            _stop_if(cancel)
             seconds = round(time.monotonic() - started_s, 3)
             write_engine_manifest(partial, bundle, {**document, "seconds": seconds, "graphs": records})
             partial.chmod(0o755)
@@ -97,6 +103,11 @@ def select_graphs(bundle: Bundle, stages: Sequence[str] | None) -> list[Graph]:
                 f"no stage {stage!r} in {bundle.folder}; it has {', '.join(bundle.table.stages)}"
             )
     return [graph for graph in bundle.table.graphs if stages is None or graph.stage in stages]
+
+
+def _stop_if(cancel: Event | None) -> None:
+    if cancel is not None and cancel.is_set():
+        raise Cancelled("cancelled by the caller")
 
 
 def _no_progress(_graph: str, _record: Mapping[str, Any] | None) -> None:

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 
 from proteus_deploy._files import atomic_directory, write_json
-from proteus_deploy.bundle import Bundle, write_manifest
+from proteus_deploy.bundle import Bundle, is_bundle, write_manifest
 from proteus_deploy.checkpoint import Checkpoint
-from proteus_deploy.errors import InputError
+from proteus_deploy.errors import CheckpointError, InputError
 from proteus_deploy.export.onnx_graph import export_graph, require_onnx
 from proteus_deploy.export.reference import (
     ReferenceScope,
@@ -28,6 +28,7 @@ from proteus_deploy.reporting import Report, no_report
 from proteus_deploy.runtime.backend import resolve_dtype, short_dtype
 from proteus_deploy.stage_table import ExportRanges, build_stage_table
 from proteus_deploy.stages import StageTable
+from proteus_deploy.tokens import Tokenizer
 
 # Above this many bytes of transformer weights a reference run on a CPU takes hours: it has to be asked for.
 AUTO_REFERENCE_LIMIT_BYTES = 2 << 30
@@ -38,6 +39,7 @@ _TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+_PROBE = "A person smiles."
 _VERSIONED = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "proteus-deploy")
 
 
@@ -64,7 +66,10 @@ def export_bundle(
     scope = _choose_scope(checkpoint) if reference == "auto" else reference
     if scope not in ("video", "stages", "none"):
         raise InputError(f"reference {scope!r} is unknown; choose from auto, video, stages, none")
+    _check_destination(destination, checkpoint.folder, overwrite=overwrite)
     table = build_stage_table(checkpoint, ranges)
+    if checkpoint.random_weights_seed is None:
+        _try_tokenizer(checkpoint)
     with atomic_directory(destination, replace=overwrite) as folder:
         graphs = _export_graphs(checkpoint, table, precision, folder / "onnx", report)
         _copy_configs(checkpoint, folder)
@@ -88,11 +93,51 @@ def export_bundle(
     return Bundle.open(destination, hashes=False)
 
 
+def _check_destination(destination: Path, checkpoint: Path, *, overwrite: bool) -> None:
+    """Refuse, before any work, places where a bundle can't go or would take something else's place.
+
+    Raises InputError.
+    """
+    place, source = destination.resolve(), checkpoint.resolve()
+    if place == source or place in source.parents or source in place.parents:
+        raise InputError(
+            f"{destination} and the checkpoint {checkpoint} are in one another; choose another folder"
+        )
+    if place == Path.cwd() or place.is_mount():
+        raise InputError(
+            f"{destination} is the current folder or a mount point, which a rename can't replace; "
+            f"choose a folder in it, for instance {destination / 'bundle'}"
+        )
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+        return
+    if not overwrite:
+        raise InputError(
+            f"{destination} already exists and is not empty; choose another folder, or replace a bundle with "
+            "--overwrite"
+        )
+    if not is_bundle(place):
+        raise InputError(
+            f"{destination} is not a bundle, so --overwrite does not replace it; remove it yourself"
+        )
+
+
 def _choose_scope(checkpoint: Checkpoint) -> ReferenceScope:
     if checkpoint.random_weights_seed is not None:
         return "none"
     size = sum(file.stat().st_size for file in checkpoint.weights("transformer").files)
     return "video" if size <= AUTO_REFERENCE_LIMIT_BYTES else "none"
+
+
+def _try_tokenizer(checkpoint: Checkpoint) -> None:
+    """A bundle carries the tokenizer along: one that is broken would show at its first video only."""
+    length = checkpoint.transformer.backbone.max_text_seq_length
+    ids, _ = Tokenizer(checkpoint.tokenizer)(_PROBE, length)
+    vocabulary = checkpoint.text_encoder["vocab_size"]
+    if (largest := int(ids.max())) >= vocabulary:
+        raise CheckpointError(
+            f"{checkpoint.tokenizer} gives the token {largest}, but the text encoder's vocab_size is "
+            f"{vocabulary}; the parts come from different checkpoints"
+        )
 
 
 def _export_graphs(

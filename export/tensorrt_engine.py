@@ -7,6 +7,7 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from proteus_deploy._files import atomic_file, write_json
@@ -34,11 +35,13 @@ def build_engine(
     options: EngineOptions | None = None,
     cache: EngineCache | None = None,
     force_memory: bool = False,
+    cancel: Event | None = None,
 ) -> dict[str, Any]:
     """Build the engine of `graph` for `target`, write it to `destination`, and return its record.
 
     dtype: precision of the stage table's "float" tensors: fp32, fp16 or bf16.
     force_memory: build even when the prediction says that host memory will not do.
+    cancel: ends the build at TensorRT's next step with Cancelled.
 
     The record: file, bytes, status, cached, seconds, contract, memory {predicted_bytes, peak_bytes},
     onnx_sha256 where a cache is used. Raises InputError for a target, option or memory that will not do,
@@ -55,7 +58,9 @@ def build_engine(
         record = cache.fetch(key, destination)
     cached = record is not None
     if record is None:
-        record = _build(source, graph, table, target, api, destination, dtype, options, cache, force_memory)
+        record = _build(
+            source, graph, table, target, api, destination, dtype, options, cache, force_memory, cancel
+        )
         if cache is not None:
             cache.store(key, destination, record)
     return {
@@ -102,6 +107,7 @@ def _build(
     options: EngineOptions,
     cache: EngineCache | None,
     force_memory: bool,
+    cancel: Event | None,
 ) -> dict[str, Any]:
     gc.collect()  # networks of earlier graphs hold their weights
     builder, network = api.new_network()
@@ -119,7 +125,7 @@ def _build(
         _load_timings(api, config, timing_file)
         try:
             with atomic_file(destination) as temporary:
-                api.write_engine(builder, network, config, temporary)
+                api.write_engine(builder, network, config, temporary, cancel=cancel)
         except BackendError as error:
             raise BackendError(f"graph {graph.name!r} for {target}: {error}") from error
         _store_timings(api, config, timing_file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -124,14 +124,14 @@ def verify_bundle(
     if source is not None and source.hash != bundle.manifest["checkpoint"]["hash"]:
         raise InputError(f"{checkpoint} is not the checkpoint this bundle was exported from (hashes differ)")
     tolerances = _tolerances(bundle, budget)
+    # Once for all backends; samples and results are small beside the networks.
+    stages, video = list(_stages(bundle, source, report)), _video(bundle, source, report)
     rows: list[Row] = []
     for name in backends:
         pipeline = _open(bundle, name, source)
         with pipeline:
-            rows += _verify_stages(
-                pipeline.backend, name, _stages(bundle, source, report), tolerances, report
-            )
-            rows += _verify_video(pipeline, name, _video(bundle, source, report), tolerances, report)
+            rows += _verify_stages(pipeline.backend, name, stages, tolerances, report)
+            rows += _verify_video(pipeline, name, video, tolerances, report)
     return VerificationReport(
         bundle=bundle.folder.name,
         dtype=bundle.dtype,
@@ -170,7 +170,7 @@ def _video(bundle: Bundle, checkpoint: Checkpoint | None, say: Report) -> VideoR
 def _verify_stages(
     backend: Backend,
     name: str,
-    references: Iterator[StageReference],
+    references: Iterable[StageReference],
     tolerances: Mapping[str, Tolerance],
     say: Report,
 ) -> Iterator[Row]:

@@ -66,10 +66,13 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
     if occupied and (not replace or not path.is_dir()):
         raise InputError(f"{path} already exists and is not empty; choose another folder or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(path)
     prefix = f"{_TEMPORARY_MARK}{path.name}-{os.getpid()}-"
-    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
+    except OSError as error:
+        raise InputError(f"can't write in {path.parent} ({error.strerror}); choose another folder") from error
     try:
         yield temporary
         for file in sorted(temporary.rglob("*")):
@@ -140,6 +143,21 @@ def without_nan(document: Any) -> Any:
     if isinstance(document, list | tuple):
         return [without_nan(value) for value in document]
     return document
+
+
+def check_writable(path: Path) -> None:
+    """Raise InputError now when a file at `path` could not be written later.
+
+    Looks at the nearest folder that exists; makes nothing that stays.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file in it")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"can't write {path}: {folder} ({error.strerror}); choose another place") from error
 
 
 def write_json(path: Path, document: Any) -> None:

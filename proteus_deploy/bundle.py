@@ -2,10 +2,9 @@
 
     manifest.json               what it is, where it comes from, sha256 of every file below
     onnx/<graph>.onnx           one per graph of the stage table, large weights beside it as external data
-    config/  scheduler/  tokenizer/  face_encoder/      what the pipeline needs besides the networks
+    config/  tokenizer/  face_encoder/      what the pipeline needs besides the networks
     reference/                  inputs and outputs of the PyTorch reference, for `verify`
     engines/<target>/           TensorRT engines with a manifest of their own, added by `build`
-    reports/                    what `verify` wrote
 
 `export` writes the folder in one rename and never touches it again; `build` adds one folder per target
 the same way. So a killed command leaves no half file that loads.
@@ -21,16 +20,20 @@ from typing import Any
 
 from proteus_deploy._files import hash_files, inside, sha256_of, write_json
 from proteus_deploy.errors import BundleError, InputError
-from proteus_deploy.model.config import TransformerConfig, read_transformer_config
+from proteus_deploy.model.config import TransformerConfig, read_transformer_config, shortened
 from proteus_deploy.reporting import Report, no_report
 from proteus_deploy.stages import StageTable
+from proteus_deploy.weights import read_json
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 ENGINES = "engines"
-_FREE_FOLDERS = (ENGINES, "reports")  # not part of the export; engines carry their own manifest
+_FREE_FOLDERS = (ENGINES,)  # not part of the export; engines carry their own manifest
 _KIND = "proteus_deploy bundle"
-_MAX_MANIFEST_BYTES = 32 << 20
+_DTYPES = ("fp32", "fp16", "bf16")
+# What a video is made with. Bundles of other graphs name no lineage; they can be built and run, not generate.
+_VIDEO_GRAPHS = ("text_encoder", "identity_schedule", "denoiser", "vae_encoder", "vae_decoder_next")
+_GRAPHS_OF = {"proteus": (*_VIDEO_GRAPHS, "identity_fusion"), "consisid": _VIDEO_GRAPHS}
 
 _REQUIRED: dict[str, type] = {
     "kind": str,
@@ -89,13 +92,16 @@ class Bundle:
                 f"{folder / foreign[0]} is not in the manifest; remove it or export the bundle again"
             )
         table = _stage_table(folder / MANIFEST, manifest["stage_table"])
+        if manifest["dtype"] not in _DTYPES:
+            raise BundleError(
+                f"{folder / MANIFEST}: field 'dtype' is {shortened(manifest['dtype'])}; this release reads "
+                f"{', '.join(_DTYPES)}"
+            )
         for graph in table.graphs:
-            record = manifest["graphs"].get(graph.name)
-            file = record.get("file") if isinstance(record, dict) else None
-            if not isinstance(file, str) or file not in manifest["files"]:
-                raise BundleError(
-                    f"{folder / MANIFEST}: graph {graph.name!r} has no ONNX file; export the bundle again"
-                )
+            _check_record(folder / MANIFEST, graph.name, manifest)
+        lineage = manifest["checkpoint"].get("lineage")
+        if lineage is not None:
+            _check_complete(folder / MANIFEST, table, lineage)
         return cls(folder, manifest, table)
 
     @property
@@ -116,15 +122,17 @@ class Bundle:
         """A published config kept in the bundle: transformer, vae or text_encoder."""
         file = inside(self.folder, f"config/{name}.json")
         try:
-            return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-        except (OSError, ValueError) as error:
+            return read_json(file, error=BundleError)
+        except BundleError as error:
             raise BundleError(f"{file} can't be read ({error}); export the bundle again") from error
 
     @property
     def transformer(self) -> TransformerConfig:
-        return read_transformer_config(
-            self.config("transformer"), str(self.folder / "config/transformer.json")
-        )
+        """Raises BundleError, too, when a graph that this transformer's videos need is not in the table."""
+        file = self.folder / "config/transformer.json"
+        config = read_transformer_config(self.config("transformer"), str(file))
+        _check_complete(self.folder / MANIFEST, self.table, config.lineage)
+        return config
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -151,6 +159,13 @@ class Bundle:
         if document["bundle"] != self.hash:
             raise BundleError(f"{folder} was built from another export of this bundle; build it again")
         check_files(folder, document["files"])
+        for graph, record in document["graphs"].items():
+            file = record.get("file") if isinstance(record, dict) else None
+            if not isinstance(file, str) or file not in document["files"]:
+                raise BundleError(
+                    f"{folder / MANIFEST}: graph {shortened(graph)} has no engine file among 'files'; "
+                    "build it again"
+                )
         return EngineSet(target, folder, document)
 
 
@@ -173,21 +188,13 @@ def _read_manifest(file: Path, required: Mapping[str, type], kind: str) -> dict[
         raise BundleError(
             f"{file.parent} has no {file.name}; a bundle is a folder that `proteus-deploy export` wrote"
         )
-    if file.stat().st_size > _MAX_MANIFEST_BYTES:
-        raise BundleError(
-            f"{file} has {file.stat().st_size} bytes; a manifest is never above {_MAX_MANIFEST_BYTES}"
-        )
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise BundleError(f"{file} is not readable JSON ({error}); export the bundle again") from error
-    if not isinstance(document, dict) or document.get("kind") != kind:
-        found = document.get("kind") if isinstance(document, dict) else type(document).__name__
-        raise BundleError(f"{file}: field 'kind' is {found!r}, expected {kind!r}")
+    document = read_json(file, error=BundleError)
+    if document.get("kind") != kind:
+        raise BundleError(f"{file}: field 'kind' is {shortened(document.get('kind'))}, expected {kind!r}")
     if document.get("schema_version") != SCHEMA_VERSION:
         raise BundleError(
-            f"{file}: field 'schema_version' is {document.get('schema_version')!r}; this release reads "
-            f"{SCHEMA_VERSION}, so export the bundle again with it"
+            f"{file}: field 'schema_version' is {shortened(document.get('schema_version'))}; "
+            f"this release reads {SCHEMA_VERSION}, so export the bundle again with it"
         )
     for field, expected in required.items():
         if not isinstance(document.get(field), expected):
@@ -198,10 +205,57 @@ def _read_manifest(file: Path, required: Mapping[str, type], kind: str) -> dict[
 def _stage_table(file: Path, document: Mapping[str, Any]) -> StageTable:
     try:
         return StageTable.from_json(document)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except InputError as error:
         raise BundleError(
-            f"{file}: field 'stage_table' is not a stage table ({error!r}); export the bundle again"
+            f"{file}: field 'stage_table' is not a stage table ({error}); export the bundle again"
         ) from error
+
+
+def _check_record(manifest_file: Path, graph: str, manifest: Mapping[str, Any]) -> None:
+    listed, record = manifest["files"], manifest["graphs"].get(graph)
+    record = record if isinstance(record, dict) else {}
+    way_out = "export the bundle again"
+    file, files, operators = (record.get(key) for key in ("file", "files", "operators"))
+    if not isinstance(file, str) or file not in listed:
+        raise BundleError(f"{manifest_file}: graph {graph!r} has no ONNX file among 'files'; {way_out}")
+    if (
+        not isinstance(files, list)
+        or file not in files
+        or any(not isinstance(name, str) or name not in listed for name in files)
+    ):
+        raise BundleError(
+            f"{manifest_file}: graph {graph!r}: 'files' is {shortened(files)}; it must list the graph's file "
+            f"and its data, all of them in the manifest's 'files'; {way_out}"
+        )
+    if not isinstance(operators, dict) or any(type(count) is not int for count in operators.values()):
+        raise BundleError(
+            f"{manifest_file}: graph {graph!r}: 'operators' is {shortened(operators)}; it must give the "
+            f"number of each operator; {way_out}"
+        )
+
+
+def _check_complete(manifest_file: Path, table: StageTable, lineage: Any) -> None:
+    if not isinstance(lineage, str) or lineage not in _GRAPHS_OF:
+        raise BundleError(
+            f"{manifest_file}: the checkpoint's lineage is {shortened(lineage)}; "
+            f"this release knows {', '.join(_GRAPHS_OF)}"
+        )
+    names = {graph.name for graph in table.graphs}
+    missing = [name for name in _GRAPHS_OF[lineage] if name not in names]
+    if missing:
+        raise BundleError(
+            f"{manifest_file}: field 'stage_table' lacks {', '.join(missing)}, without which no video is "
+            "made; export the bundle again"
+        )
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether `folder` holds a manifest of a bundle of any schema version; nothing else is checked."""
+    try:
+        document = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and document.get("kind") == _KIND
 
 
 def check_files(
@@ -216,7 +270,7 @@ def check_files(
     for name in names:
         record = files[name]
         if not isinstance(record, dict) or not {"bytes", "sha256"} <= set(record):
-            raise BundleError(f"{folder / MANIFEST}: files[{name!r}] must hold 'bytes' and 'sha256'")
+            raise BundleError(f"{folder / MANIFEST}: files[{shortened(name)}] must hold 'bytes' and 'sha256'")
         _check_size(folder, name, record["bytes"])
     if not hashes:
         return
@@ -228,16 +282,20 @@ def check_files(
         report("checking the bundle", index, len(names))
 
 
-def _check_size(folder: Path, name: str, expected: int) -> None:
+def _check_size(folder: Path, name: str, expected: Any) -> None:
+    listed = f"{folder / MANIFEST} lists {shortened(name)}"
     try:
         file = inside(folder, name)
+        present = file.is_file()
     except InputError as error:
-        raise BundleError(f"{folder / MANIFEST} lists {name!r}, which is outside the bundle") from error
-    if not file.is_file():
+        raise BundleError(f"{listed}, which is outside the bundle") from error
+    except (ValueError, OSError, RuntimeError) as error:  # NUL, half a character, too long, a loop of links
+        raise BundleError(f"{listed}, which can't be the name of a file; export it again") from error
+    if not present:
         raise BundleError(f"{file} is missing; the manifest lists it")
     if (size := file.stat().st_size) != expected:
         raise BundleError(
-            f"{file} has {size} bytes, the manifest says {expected}; it is truncated or altered"
+            f"{file} has {size} bytes, the manifest says {shortened(expected)}; it is truncated or altered"
         )
 
 

@@ -8,14 +8,17 @@ ConsisID folders saved by diffusers have the same layout with another transforme
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from proteus_deploy._files import hash_files
+from proteus_deploy.component_configs import check_scheduler, check_text_encoder, check_vae
 from proteus_deploy.errors import CheckpointError
-from proteus_deploy.model.config import TransformerConfig, read_transformer_config
+from proteus_deploy.model.config import TransformerConfig, read_transformer_config, shortened
 from proteus_deploy.weights import SafetensorsFolder, read_json
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
@@ -49,9 +52,11 @@ class Checkpoint:
         read_json(folder / "model_index.json")
         transformer_file = folder / "transformer" / "config.json"
         transformer = read_transformer_config(read_json(transformer_file), str(transformer_file))
-        vae = _expect(folder, "vae", "config.json", "_class_name", ("AutoencoderKLCogVideoX",))
-        scheduler = _expect(folder, "scheduler", "scheduler_config.json", "_class_name", SCHEDULERS)
-        text_encoder = _expect(folder, "text_encoder", "config.json", "model_type", ("t5",))
+        vae = _expect(folder / "vae/config.json", "_class_name", ("AutoencoderKLCogVideoX",), check_vae)
+        scheduler = _expect(
+            folder / "scheduler/scheduler_config.json", "_class_name", SCHEDULERS, check_scheduler
+        )
+        text_encoder = _expect(folder / "text_encoder/config.json", "model_type", ("t5",), check_text_encoder)
         checkpoint = cls(folder, transformer, vae, text_encoder, scheduler, random_weights_seed)
         checkpoint._check_dimensions()
         return checkpoint
@@ -101,23 +106,45 @@ class Checkpoint:
 
     @cached_property
     def hash(self) -> str:
-        """sha256 over every file's relative name and content hash, in name order; hidden ones left out."""
+        """sha256 over every file's relative name and content hash, in name order; hidden ones left out.
+
+        Links are followed, those to folders too: the content counts, not where it is kept.
+        """
         digest = hashlib.sha256()
-        found = (file.relative_to(self.folder) for file in sorted(self.folder.rglob("*")) if file.is_file())
-        # A download leaves time stamps in .cache, which are no part of the checkpoint.
-        names = [name.as_posix() for name in found if not any(part.startswith(".") for part in name.parts)]
+        names = sorted(_visible_files(self.folder), key=lambda name: name.split("/"))
         for name, content in hash_files(self.folder, names):
-            digest.update(f"{name}\0{content}\n".encode())
+            digest.update(os.fsencode(f"{name}\0{content}\n"))
         if self.random_weights_seed is not None:
             digest.update(f"random weights {self.random_weights_seed}\n".encode())
         return digest.hexdigest()
 
 
-def _expect(folder: Path, part: str, name: str, key: str, allowed: tuple[str, ...]) -> dict[str, Any]:
-    file = folder / part / name
+def _visible_files(folder: Path) -> Iterator[str]:
+    """Relative names of the files in `folder`, through links to folders.
+
+    A link to a folder that it lies in is passed over: what is there has a name already.
+    A download leaves time stamps in .cache, which are no part of the checkpoint: hidden names are left out.
+    """
+    real = {folder: {folder.resolve()}}  # folder -> itself and those above it, links resolved
+    for path, folders, files in os.walk(folder, followlinks=True):
+        here = Path(path)
+        above = real.pop(here)
+        inner = {name: (here / name).resolve() for name in folders if not name.startswith(".")}
+        folders[:] = [name for name, target in inner.items() if target not in above]
+        real |= {here / name: {*above, inner[name]} for name in folders}
+        for name in files:
+            file = here / name
+            if not name.startswith(".") and file.is_file():
+                yield file.relative_to(folder).as_posix()
+
+
+def _expect(
+    file: Path, key: str, allowed: tuple[str, ...], check: Callable[[Mapping[str, Any], str], None]
+) -> dict[str, Any]:
     document = read_json(file)
     if document.get(key) not in allowed:
         raise CheckpointError(
-            f"{file}: {key} is {document.get(key)!r}; this project knows {', '.join(allowed)}"
+            f"{file}: {key} is {shortened(document.get(key))}; this project knows {', '.join(allowed)}"
         )
+    check(document, str(file))
     return document

@@ -7,6 +7,7 @@
     │   ├── PhotoError          a reference photo: unreadable, no face, …
     │   └── BackendError        a backend, package or device that is not here
     ├── CheckFailed         a comparison or a quality gate said no      exit code 1
+    ├── ComputationError    a network gave NaN or infinity              exit code 1
     └── Cancelled           the caller asked to stop                    exit code 1
 
 A message names the value found, the rule it breaks and the way out.
@@ -20,6 +21,7 @@ __all__ = [
     "Cancelled",
     "CheckFailed",
     "CheckpointError",
+    "ComputationError",
     "InputError",
     "PhotoError",
     "ProteusError",
@@ -56,6 +58,10 @@ class BackendError(InputError):
 
 class CheckFailed(ProteusError):
     """A verification or a gate ran to its end and the figures are outside their bounds."""
+
+
+class ComputationError(ProteusError):
+    """A network computed NaN or infinity; what follows from it would be worthless."""
 
 
 class Cancelled(ProteusError):

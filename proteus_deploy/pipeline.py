@@ -19,14 +19,14 @@ from torch import Tensor
 from proteus_deploy.bundle import Bundle
 from proteus_deploy.checkpoint import Checkpoint
 from proteus_deploy.conditioning import Conditioner
-from proteus_deploy.errors import Cancelled, InputError
+from proteus_deploy.errors import Cancelled, ComputationError, InputError
 from proteus_deploy.guidance import combine_guidance, guidance_scale
 from proteus_deploy.model.config import TransformerConfig
 from proteus_deploy.request import GenerateRequest, request_digest, resolve_request
 from proteus_deploy.runtime import open_bundle_backend
 from proteus_deploy.runtime.backend import Backend, resolve_dtype, short_dtype
 from proteus_deploy.schedulers import Stepper
-from proteus_deploy.stage_calls import Stage, stages_of
+from proteus_deploy.stage_calls import Stages, stages_of
 from proteus_deploy.stage_table import VAE_SPATIAL, latent_frames
 from proteus_deploy.vae_decode import Tiling, decode
 from proteus_deploy.video import Video
@@ -39,9 +39,12 @@ __all__ = ["GenerateRequest", "Pipeline", "ProgressEvent", "StepEvent"]
 Phase = Literal["identity", "text", "schedule", "denoise", "decode"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepEvent:
-    """After one denoising step: index 0..total-1, its timestep, latents [B, F, C, h, w] and wall seconds."""
+    """After one denoising step: index 0..total-1, its timestep, latents [B, F, C, h, w] and wall seconds.
+
+    The latents are a copy: they stay as they are, and changing them changes nothing in the run.
+    """
 
     index: int
     total: int
@@ -75,8 +78,12 @@ class Pipeline:
     ) -> None:
         self.backend = backend
         self.config = config
+        if not isinstance(vae_tiling, bool | Tiling):
+            raise InputError(
+                f"vae_tiling is {vae_tiling!r}; it must be True, False or a Tiling(height, width)"
+            )
         self.tiling = Tiling.for_vae(dict(vae)) if vae_tiling is True else (vae_tiling or None)
-        self.stages: Mapping[str, Stage] = stages_of(backend, config, self.tiling)
+        self.stages: Stages = stages_of(backend, config, self.tiling)
         self._vae = vae
         self._scheduler = scheduler
         self._conditioner = Conditioner(self.stages, backend, config, vae, tokenizer, face_encoder)
@@ -86,8 +93,8 @@ class Pipeline:
         cls,
         folder: str | Path,
         *,
-        device: str = "cpu",
-        dtype: str = "float32",
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "float32",
         compiled: bool = False,
         vae_tiling: bool | Tiling = False,
     ) -> Pipeline:
@@ -115,7 +122,7 @@ class Pipeline:
         folder: str | Path | Bundle,
         *,
         backend: str = "onnxruntime",
-        device: str | None = None,
+        device: str | torch.device | None = None,
         vae_tiling: bool | Tiling = False,
     ) -> Pipeline:
         """An exported bundle on the named backend: onnxruntime, openvino or tensorrt.
@@ -124,8 +131,9 @@ class Pipeline:
         """
         bundle = folder if isinstance(folder, Bundle) else Bundle.open(folder)
         faces = bundle.folder / "face_encoder"
+        name = str(device) if isinstance(device, torch.device) else device
         return cls(
-            open_bundle_backend(bundle, backend, device=device),
+            open_bundle_backend(bundle, backend, device=name),
             bundle.transformer,
             bundle.config("vae"),
             bundle.config("scheduler"),
@@ -161,8 +169,9 @@ class Pipeline:
         """One video.
 
         initial_latents: [1, F, C, h, w] noise in place of the seed's own.
-        cancel: looked at between steps and between VAE chunks and tiles.
-        Raises InputError for a bad request, PhotoError for the photo, Cancelled when `cancel` was set.
+        cancel: looked at between phases, between steps and between VAE chunks and tiles.
+        Raises InputError for a bad request, PhotoError for the photo, Cancelled when `cancel` was set,
+        ComputationError when the latents stop being finite.
         """
         videos = self.generate_batch(
             [request],
@@ -188,10 +197,16 @@ class Pipeline:
         The requests must agree in size, frames, steps, guidance and scheduler. Each video is the one that
         `generate` gives for its request, up to rounding. initial_latents: [B, F, C, h, w].
         """
+        if isinstance(requests, GenerateRequest) or not isinstance(requests, Sequence):
+            raise InputError(
+                f"generate_batch was given a {type(requests).__name__}; pass a list of GenerateRequest, "
+                "or one request to generate()"
+            )
         watch = _Watch(on_progress, cancel)
         resolved = [resolve_request(request, self.config) for request in requests]
         plan = _common_plan(resolved)
         self._check_ranges(plan, len(resolved))
+        watch.check()
         stepper = Stepper(self._scheduler, plan.scheduler, plan.num_inference_steps)
         condition = self._conditioner.prepare(resolved, stepper.timesteps, watch)
         latents = self._initial_latents(resolved, condition.generators, initial_latents)
@@ -210,11 +225,22 @@ class Pipeline:
             if plan.guided:
                 velocity = combine_guidance(velocity, guidance_scale(plan, index, timestep))
             latents = stepper.step(velocity, index, latents, condition.generators).to(self.backend.dtype)
+            self._check_finite(latents, index, len(stepper.timesteps))
             seconds = time.perf_counter() - started
             if on_step is not None:
-                on_step(StepEvent(index, len(stepper.timesteps), timestep, latents, seconds))
+                with torch.inference_mode(False):
+                    copy = latents.clone()
+                on_step(StepEvent(index, len(stepper.timesteps), timestep, copy, seconds))
             watch("denoise", index + 1, len(stepper.timesteps))
         return [self._finish(one, row, watch) for one, row in zip(resolved, latents, strict=True)]
+
+    def _check_finite(self, latents: Tensor, index: int, total: int) -> None:
+        if not bool(torch.isfinite(latents).all()):
+            raise ComputationError(
+                f"the latents hold NaN or infinity after step {index + 1} of {total}, on backend "
+                f"{self.backend.name!r} in {short_dtype(self.backend.dtype)}; use bf16 or fp32 where this is "
+                "fp16, else check the weights with: proteus-deploy verify"
+            )
 
     def _finish(self, request: GenerateRequest, latents: Tensor, watch: _Watch) -> Video:
         frames = self._decode(latents, request, watch)
@@ -232,7 +258,8 @@ class Pipeline:
         frames = decode(
             self.backend, kept, tiling=self.tiling, on_part=lambda done, total: watch("decode", done, total)
         )
-        return (frames / 2 + 0.5).clamp(0, 1).transpose(1, 2).contiguous()
+        with torch.inference_mode(False):  # the caller gets a tensor that can be changed and trained on
+            return (frames / 2 + 0.5).clamp(0, 1).transpose(1, 2).contiguous()
 
     def _initial_latents(
         self, requests: Sequence[GenerateRequest], generators: list[torch.Generator], given: Tensor | None
@@ -252,6 +279,11 @@ class Pipeline:
             device, dtype = self.backend.device, self.backend.dtype
             noise: Tensor = randn_tensor(shape, generator=one_or_all, device=device, dtype=dtype)
             return noise
+        if not isinstance(given, Tensor):
+            raise InputError(
+                f"initial_latents are a {type(given).__module__}.{type(given).__name__}; "
+                "pass a torch tensor: use torch.as_tensor"
+            )
         if tuple(given.shape) != shape:
             raise InputError(
                 f"initial_latents have shape {list(given.shape)}; this request needs {list(shape)}"
@@ -299,7 +331,7 @@ class _Watch:
     def __call__(self, phase: Phase, done: int, total: int) -> None:
         if self._report is not None:
             self._report(ProgressEvent(phase, done, total))
-        if done < total:
+        if phase != "decode" or done < total:  # a finished video is handed over
             self.check()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from proteus_deploy.errors import InputError
 from proteus_deploy.model.config import TransformerConfig
 from proteus_deploy.stage_table import VAE_SPATIAL, fixed_size, sample_size
+from proteus_deploy.vae_decode import output_frames
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
 Scheduler = Literal["dpm", "ddim"]
 DynamicGuidance = Literal["published", "corrected"]
+
+_log = logging.getLogger(__name__)
 
 _MAX_PROMPT_CHARACTERS = 20_000
 _MAX_STEPS = 1000
@@ -76,10 +81,13 @@ _NOT_JSON = {"photo", "identity", "condition_image", "metadata"}
 
 
 def resolve_request(request: GenerateRequest, config: TransformerConfig) -> GenerateRequest:
-    """Fill the None fields from the checkpoint and check every value.
+    """Fill the None fields from the checkpoint, check every value and make numpy's numbers Python's.
 
+    Warns (logging) when the published decoder will give another number of frames than asked for.
     Raises InputError naming the field, its value, the rule and what would do.
     """
+    if not isinstance(request, GenerateRequest):
+        raise InputError(f"the request is {request!r}; pass a GenerateRequest")
     backbone = config.backbone
     _, rows, columns = sample_size(backbone)
     queries = config.fusion.queries if config.fusion else 1
@@ -94,10 +102,13 @@ def resolve_request(request: GenerateRequest, config: TransformerConfig) -> Gene
         seed=_fresh_seed() if request.seed is None else request.seed,
     )
     _check_types(filled)
+    filled = _with_python_numbers(filled)
     _check_source(filled)
+    _check_metadata(filled)
     _check_text(filled, config)
     _check_numbers(filled)
     _check_size(filled, config)
+    _warn_of_extra_frames(filled, config)
     return filled
 
 
@@ -140,9 +151,51 @@ def _check_types(request: GenerateRequest) -> None:
                 raise InputError(f"{name} is {value!r}; it must be {rule}")
     if not isinstance(request.negative_prompt, str | None):
         raise InputError(f"negative_prompt is {request.negative_prompt!r}; it must be text or None")
+    index: Any = request.face_index
+    if index is not None and (isinstance(index, bool) or not isinstance(index, Integral) or index < 0):
+        raise InputError(
+            f"face_index is {index!r}; it must be a whole number from 0, or None: the largest face"
+        )
+
+
+def _with_python_numbers(request: GenerateRequest) -> GenerateRequest:
+    """numpy's numbers are no JSON, and float32 arithmetic isn't what the scheduler was written for."""
+    changed: dict[str, Any] = {}
+    for kind, _, names in _TYPES:
+        if kind in (Integral, Real):
+            changed |= {name: _python_number(name, getattr(request, name)) for name in names}
+    if request.face_index is not None:
+        changed["face_index"] = int(request.face_index)
+    return replace(request, **changed)
+
+
+def _python_number(name: str, value: Any) -> int | float:
+    try:
+        number = float(value)
+    except OverflowError:
+        raise InputError(f"{name} is {value!r}; it must be a number that a float can hold") from None
+    return int(value) if isinstance(value, Integral) else number
+
+
+def _check_metadata(request: GenerateRequest) -> None:
+    """Now, and not when an hour of work is to be saved."""
+    if not isinstance(request.metadata, dict):
+        raise InputError(f"metadata is {request.metadata!r}; it must be a dict of JSON values")
+    try:
+        json.dumps(request.metadata, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"metadata can't be written as JSON ({error}); pass text, numbers, lists and dicts of them"
+        ) from error
 
 
 def _check_source(request: GenerateRequest) -> None:
+    from proteus_deploy.identity.features import IdentityFeatures
+
+    if not isinstance(request.identity, IdentityFeatures | None):
+        raise InputError(
+            f"identity is a {type(request.identity).__name__}; pass IdentityFeatures(id_cond, id_vit_hidden)"
+        )
     if request.photo is not None:
         if request.identity is not None or request.condition_image is not None:
             raise InputError("photo and identity/condition_image were both given; pass one or the other")
@@ -162,6 +215,14 @@ def _check_text(request: GenerateRequest, config: TransformerConfig) -> None:
         value = getattr(request, name) or ""
         if len(value) > _MAX_PROMPT_CHARACTERS:
             raise InputError(f"{name} has {len(value)} characters; at most {_MAX_PROMPT_CHARACTERS} are read")
+        half = next(
+            (index for index, character in enumerate(value) if "\ud800" <= character <= "\udfff"), None
+        )
+        if half is not None:
+            raise InputError(
+                f"{name} has half a character, {value[half]!a}, at position {half}; text must be encodable "
+                "as UTF-8, so write the whole character or leave it out"
+            )
     longest = config.backbone.max_text_seq_length
     shortest = (config.fusion.queries if config.fusion else 0) + 1
     if not shortest <= request.max_sequence_length <= longest:  # type: ignore[operator]
@@ -218,7 +279,8 @@ def _check_size(request: GenerateRequest, config: TransformerConfig) -> None:
     step = backbone.temporal_compression_ratio
     frames = request.num_frames
     if frames < step + 1 or (frames - 1) % step:  # type: ignore[operator]
-        near = max(step + 1, round((frames - 1) / step) * step + 1)  # type: ignore[operator]
+        exact = 2 * step  # of the lengths that can be made, every second one comes out as asked
+        near = max(1, round((frames - 1) / exact)) * exact + 1  # type: ignore[operator]
         raise InputError(
             f"num_frames is {frames}; the causal VAE makes 1 + {step}k frames, k >= 1: try {near}"
         )
@@ -234,6 +296,19 @@ def _check_size(request: GenerateRequest, config: TransformerConfig) -> None:
                 f"num_frames, height, width are {asked}; "
                 f"this checkpoint has a position table for {made_for} only"
             )
+
+
+def _warn_of_extra_frames(request: GenerateRequest, config: TransformerConfig) -> None:
+    step, asked = config.backbone.temporal_compression_ratio, request.num_frames or 0
+    made = output_frames((asked - 1) // step + 1)
+    if made != asked:
+        exact = [count for count in (asked - step, asked + step) if count > 2 * step]
+        _log.warning(
+            "num_frames is %d, for which the published decoder makes %d frames; %s would come out as asked",
+            asked,
+            made,
+            " or ".join(map(str, exact)),
+        )
 
 
 def request_digest(request: GenerateRequest) -> dict[str, Any]:

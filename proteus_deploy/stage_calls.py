@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from proteus_deploy.errors import InputError
 from proteus_deploy.model.config import TransformerConfig
 from proteus_deploy.model.transformer import rotary_tables
+from proteus_deploy.runtime.backend import bind_sizes
 from proteus_deploy.stages import Graph
 from proteus_deploy.vae_decode import Tiling, decode
 
@@ -33,9 +34,13 @@ class Stage:
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Floating point inputs are cast to the stage's precision and moved to its device.
 
-        Raises InputError when names or shapes break the contract.
+        Raises InputError when names, types, shapes or whole numbers break the contract.
         """
+        _check_tensors(self.name, inputs)
         graph = self.backend.table.graph(self.name)
+        if self.backend.checks_ranges:
+            self.backend.table.check(bind_sizes(graph, inputs))
+        _check_whole_numbers(graph, inputs)
         return self.backend.runner(self.name)(**_cast(graph_dtypes(graph), inputs, self.backend))
 
 
@@ -52,6 +57,7 @@ class DenoiserStage(Stage):
         self._tables: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        _check_tensors(self.name, inputs)
         inputs = dict(inputs)
         inputs.setdefault("identity_gate", torch.tensor([self._config.identity_attention.scale]))
         if "rotary_cos" in self.inputs and "rotary_cos" not in inputs:
@@ -63,7 +69,7 @@ class DenoiserStage(Stage):
             and self.backend.table.graph("denoiser").input("face_tokens").axes[0] == "B"
         ):
             tokens = inputs["face_tokens"]
-            if tokens.shape[0] == 1:
+            if tokens.shape[:1] == (1,) and tokens.ndim == 3 and "latents" in inputs:
                 inputs["face_tokens"] = tokens.expand(inputs["latents"].shape[0], -1, -1)
         return super().__call__(**inputs)
 
@@ -95,17 +101,70 @@ class VaeDecoderStage(Stage):
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         if set(inputs) != {"latents"}:
             raise InputError(f"vae_decoder takes 'latents'; got {', '.join(map(repr, sorted(inputs)))}")
+        _check_tensors(self.name, inputs)
+        if inputs["latents"].ndim != 5:
+            raise InputError(
+                f"vae_decoder: input 'latents' has shape {list(inputs['latents'].shape)}; "
+                "the contract is [1, C, F, h, w]"
+            )
         latents = inputs["latents"].to(self.backend.device, self.backend.dtype)
         return {"frames": decode(self.backend, latents, tiling=self.tiling)}
 
 
-def stages_of(backend: Backend, config: TransformerConfig, tiling: Tiling | None) -> dict[str, Stage]:
+class UnknownStage(InputError, KeyError):
+    """A stage was asked for that the checkpoint or bundle hasn't."""
+
+    __str__ = Exception.__str__  # KeyError's own shows the message in quotes
+
+
+class Stages(Mapping[str, Stage]):
+    """Stages by name. Raises UnknownStage, listing those there are."""
+
+    def __init__(self, stages: Mapping[str, Stage]) -> None:
+        self._stages = dict(stages)
+
+    def __getitem__(self, name: str) -> Stage:
+        if name not in self._stages:
+            raise UnknownStage(f"there is no stage {name!r}; the stages are {', '.join(self._stages)}")
+        return self._stages[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stages)
+
+    def __len__(self) -> int:
+        return len(self._stages)
+
+
+def stages_of(backend: Backend, config: TransformerConfig, tiling: Tiling | None) -> Stages:
     """Every stage of the backend's table, by name."""
     special: Mapping[str, Stage] = {
         "denoiser": DenoiserStage(backend, config),
         "vae_decoder": VaeDecoderStage(backend, tiling),
     }
-    return {name: special.get(name) or Stage(name, backend) for name in backend.table.stages}
+    return Stages({name: special.get(name) or Stage(name, backend) for name in backend.table.stages})
+
+
+def _check_tensors(stage: str, inputs: Mapping[str, object]) -> None:
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"{stage}: input {name!r} is a {type(value).__module__}.{type(value).__name__}; "
+                "stages take torch tensors: use torch.as_tensor"
+            )
+
+
+def _check_whole_numbers(graph: Graph, inputs: Mapping[str, Tensor]) -> None:
+    """Token ids and timesteps index tables: beyond their ends there is a crash or another row."""
+    for spec in graph.inputs:
+        value = inputs.get(spec.name)
+        if not spec.high or value is None or not value.numel():
+            continue
+        lowest, highest = (int(bound) for bound in value.to(torch.int64).aminmax())
+        if lowest < 0 or highest >= spec.high:
+            raise InputError(
+                f"{graph.name}: input {spec.name!r} holds {lowest if lowest < 0 else highest}; "
+                f"it must be 0 to {spec.high - 1}"
+            )
 
 
 def graph_dtypes(graph: Graph) -> dict[str, str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from proteus_deploy.errors import InputError
 
@@ -26,6 +26,9 @@ Axis = int | str
 DType = Literal["float", "float32", "int64"]
 Fill = Literal["normal", "unit", "tokens", "timesteps", "gate", "cos", "sin"]
 
+_NAME = re.compile(r"[A-Za-z0-9_]{1,100}")
+_MAX_SIZE = 2**31 - 1  # what ONNX Runtime and TensorRT count an axis with
+_MAX_AXIS_LENGTH = 20
 _AXIS = re.compile(r"([1-9]\d*)?([A-Za-z]+)")
 
 
@@ -128,18 +131,17 @@ class StageTable:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> StageTable:
-        return cls(
-            axes={symbol: AxisRange(**bounds) for symbol, bounds in document["axes"].items()},
-            graphs=tuple(
-                Graph(
-                    name=graph["name"],
-                    stage=graph["stage"],
-                    inputs=tuple(_spec_from_json(spec) for spec in graph["inputs"]),
-                    outputs=tuple(_spec_from_json(spec) for spec in graph["outputs"]),
-                )
-                for graph in document["graphs"]
-            ),
-        )
+        """The table that `to_json` wrote. Raises InputError naming the field that no table could have."""
+        _check_keys("the table", document, ("axes", "graphs"))
+        axes = {
+            symbol: _range_from_json(symbol, bounds)
+            for symbol, bounds in _expect("axes", document["axes"], dict).items()
+        }
+        graphs = tuple(_graph_from_json(entry, axes) for entry in _expect("graphs", document["graphs"], list))
+        if not graphs:
+            raise InputError("graphs is empty; a table has at least one graph")
+        _check_unique("graphs", [graph.name for graph in graphs])
+        return cls(axes, graphs)
 
 
 AXIS_MEANING = {
@@ -158,8 +160,95 @@ AXIS_MEANING = {
 }
 
 
-def _spec_from_json(document: Mapping[str, Any]) -> TensorSpec:
-    return TensorSpec(**{**document, "axes": tuple(document["axes"])})
+def _expect(where: str, value: Any, kind: type[Any]) -> Any:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        words = {dict: "an object", list: "a list", int: "a whole number", str: "text"}
+        raise InputError(f"{where} is {_cut(value)}; it must be {words[kind]}")
+    return value
+
+
+def _cut(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def _check_keys(where: str, value: Any, needed: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+    found = _expect(where, value, dict)
+    missing = [key for key in needed if key not in found]
+    unknown = [key for key in found if key not in needed and key not in optional]
+    if missing or unknown:
+        what = f"lacks {missing[0]!r}" if missing else f"has the unknown field {_cut(unknown[0])}"
+        raise InputError(f"{where} {what}; its fields are {', '.join((*needed, *optional))}")
+
+
+def _check_unique(where: str, names: list[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"{where} name {twice!r} twice; every name must be another")
+
+
+def _name_from_json(where: str, value: Any) -> str:
+    """Names become file names, so they are words."""
+    if not isinstance(value, str) or _NAME.fullmatch(value) is None:
+        raise InputError(f"{where} is {_cut(value)}; a name is 1 to 100 letters, digits and underscores")
+    return value
+
+
+def _range_from_json(symbol: str, document: Any) -> AxisRange:
+    where = f"axes[{_cut(symbol)}]"
+    if _AXIS.fullmatch(symbol) is None or split_axis(symbol)[1] != symbol:
+        raise InputError(f"{where}: a symbol is made of letters, like 'h'")
+    _check_keys(where, document, ("min", "opt", "max"))
+    sizes = {key: _expect(f"{where}[{key!r}]", value, int) for key, value in document.items()}
+    if max(sizes.values()) > _MAX_SIZE:
+        raise InputError(f"{where} reaches {_cut(max(sizes.values()))}; a size is at most {_MAX_SIZE}")
+    return AxisRange(**sizes)
+
+
+def _graph_from_json(document: Any, axes: Mapping[str, AxisRange]) -> Graph:
+    _check_keys("an entry of graphs", document, ("name", "stage", "inputs", "outputs"))
+    name = _name_from_json("the name of a graph", document["name"])
+    where = f"graph {name!r}"
+    inputs, outputs = (
+        tuple(_spec_from_json(where, spec, axes) for spec in _expect(f"{where}: {key}", document[key], list))
+        for key in ("inputs", "outputs")
+    )
+    if not inputs or not outputs:
+        raise InputError(f"{where} has no {'outputs' if inputs else 'inputs'}; a graph has at least one")
+    _check_unique(f"{where}: inputs and outputs", [spec.name for spec in (*inputs, *outputs)])
+    graph = Graph(name, _name_from_json(f"{where}: stage", document["stage"]), inputs, outputs)
+    for spec in outputs:
+        for axis in spec.axes:
+            if isinstance(axis, str) and split_axis(axis)[1] not in graph.symbols:
+                raise InputError(f"{where}: output {spec.name!r} has the axis {axis!r}, which no input has")
+    return graph
+
+
+def _spec_from_json(graph: str, document: Any, axes: Mapping[str, AxisRange]) -> TensorSpec:
+    _check_keys(f"{graph}: a tensor", document, ("name", "axes"), ("dtype", "fill", "high"))
+    name = _name_from_json(f"{graph}: the name of a tensor", document["name"])
+    where = f"{graph}: tensor {name!r}"
+    for axis in _expect(f"{where}: axes", document["axes"], list):
+        _check_axis(where, axis, axes)
+    spec = TensorSpec(**{**document, "axes": tuple(document["axes"])})
+    for key, value, known in (("dtype", spec.dtype, get_args(DType)), ("fill", spec.fill, get_args(Fill))):
+        if value not in known:
+            raise InputError(f"{where}: {key} is {_cut(value)}; choose from {', '.join(known)}")
+    lowest = 1 if spec.fill in ("tokens", "timesteps") else 0
+    if not lowest <= _expect(f"{where}: high", spec.high, int) <= _MAX_SIZE:
+        raise InputError(f"{where}: high is {_cut(spec.high)}; it must be {lowest} to {_MAX_SIZE}")
+    return spec
+
+
+def _check_axis(where: str, axis: Any, axes: Mapping[str, AxisRange]) -> None:
+    if isinstance(axis, str):
+        factor, symbol = split_axis(axis) if len(axis) <= _MAX_AXIS_LENGTH else (0, axis)
+        if symbol not in axes:
+            raise InputError(f"{where}: axis {_cut(axis)} has no range; the symbols are {', '.join(axes)}")
+        if factor * axes[symbol].max > _MAX_SIZE:
+            raise InputError(f"{where}: axis {axis!r} reaches above {_MAX_SIZE}, the largest size")
+    elif not 1 <= _expect(f"{where}: an axis", axis, int) <= _MAX_SIZE:
+        raise InputError(f"{where}: an axis is {_cut(axis)}; a number must be 1 to {_MAX_SIZE}")
 
 
 def split_axis(axis: str) -> tuple[int, str]:

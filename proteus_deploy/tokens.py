@@ -16,7 +16,10 @@ _log = logging.getLogger(__name__)
 
 
 class Tokenizer:
-    """The checkpoint's SentencePiece tokenizer; read on first use."""
+    """The checkpoint's SentencePiece tokenizer; read on first use.
+
+    Raises CheckpointError then, naming the folder, when transformers can't read it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -27,7 +30,16 @@ class Tokenizer:
 
         if not (self._folder / "spiece.model").is_file() and not (self._folder / "tokenizer.json").is_file():
             raise CheckpointError(f"{self._folder} has neither spiece.model nor tokenizer.json")
-        return T5Tokenizer.from_pretrained(str(self._folder), local_files_only=True)
+        try:
+            return T5Tokenizer.from_pretrained(str(self._folder), local_files_only=True)
+        except ImportError:  # a package is missing; the message of transformers says which
+            raise
+        except Exception as error:  # its parsers raise anything, a bare Exception included
+            raise CheckpointError(
+                f"{self._folder} can't be read as a T5 tokenizer "
+                f"({type(error).__name__}: {str(error)[:200]}); a file in it is damaged or incomplete: "
+                "download the folder again"
+            ) from error
 
     def __call__(self, text: str, length: int) -> tuple[Tensor, Tensor]:
         """Token ids and mask, both int64 [1, length]. A longer text is cut, which is logged once per call."""

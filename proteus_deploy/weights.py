@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from proteus_deploy.errors import CheckpointError
+from proteus_deploy.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_MAX_JSON_BYTES = 32 << 20  # the largest published one, a shard index, is far below
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
@@ -37,7 +38,7 @@ class SafetensorsFolder:
         self._key_file: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for file in self._files:
-            for key, shape in _read_header(file).items():
+            for key, shape in read_header(file).items():
                 if key in self._key_file:
                     raise CheckpointError(
                         f"{key!r} is in both {self._key_file[key]} and {file}; remove one of them"
@@ -115,8 +116,8 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
 
 def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        names = set(read_json(index)["weight_map"].values())
+    except (CheckpointError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index} is not a safetensors index ({error!r}); download it again") from error
     for name in names:
         # Shards lie beside their index. The file itself may be a link, as it is in the hub's cache.
@@ -128,7 +129,8 @@ def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
     return tuple(folder / name for name in sorted(names))
 
 
-def _read_header(file: Path) -> dict[str, tuple[int, ...]]:
+def read_header(file: Path) -> dict[str, tuple[int, ...]]:
+    """{key: shape} of a safetensors file. Raises CheckpointError when it is damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -160,14 +162,28 @@ def check_keys(expected: Mapping[str, tuple[int, ...]], store: WeightSource) -> 
         raise CheckpointError(f"{store.source}: the weights don't fit the config:\n  {shown}{more}")
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a checkpoint folder. Raises CheckpointError when absent or malformed."""
+def read_json(file: Path, *, error: type[InputError] = CheckpointError) -> dict[str, Any]:
+    """A JSON object from a checkpoint or bundle, of at most 32 MiB.
+
+    Raises `error` naming the file when it is absent, larger, nested too deeply or malformed.
+    """
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing") from error
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{file} is not readable JSON ({error})") from error
+        with file.open("rb") as stream:
+            content = stream.read(_MAX_JSON_BYTES + 1)
+        if len(content) > _MAX_JSON_BYTES:
+            raise error(
+                f"{file} has {file.stat().st_size} bytes; a JSON file of a checkpoint or bundle is never "
+                f"above {_MAX_JSON_BYTES}, so this is another file: replace it by the right one"
+            )
+        document = json.loads(content.decode("utf-8"))
+    except FileNotFoundError as cause:
+        raise error(f"{file} is missing") from cause
+    except RecursionError as cause:
+        raise error(f"{file} is not readable JSON (nested too deeply)") from cause
+    except (ValueError, OSError) as cause:
+        if isinstance(cause, error):
+            raise
+        raise error(f"{file} is not readable JSON ({cause})") from cause
     if not isinstance(document, dict):
-        raise CheckpointError(f"{file} must hold a JSON object, not {type(document).__name__}")
+        raise error(f"{file} must hold a JSON object, not {type(document).__name__}")
     return document

@@ -23,7 +23,7 @@ DOCUMENT = {
     "checkpoint": {"hash": "0"},
     "dtype": "fp32",
     "stage_table": TABLE.to_json(),
-    "graphs": {"only": {"file": "onnx/only.onnx"}},
+    "graphs": {"only": {"file": "onnx/only.onnx", "files": ["onnx/only.onnx"], "operators": {"Add": 2}}},
     "versions": {},
     "parity": {},
 }
@@ -99,8 +99,8 @@ def test_foreign_link_to_a_folder_is_named(folder: Path, tmp_path: Path) -> None
         Bundle.open(folder)
 
 
-@pytest.mark.parametrize("name", [".DS_Store", "reports/today.json", ".cache/x", "engines/.partial-sm89-1/a"])
-def test_hidden_files_reports_and_engines_are_no_part_of_the_export(folder: Path, name: str) -> None:
+@pytest.mark.parametrize("name", [".DS_Store", ".cache/x", "engines/.partial-sm89-1/a"])
+def test_hidden_files_and_engines_are_no_part_of_the_export(folder: Path, name: str) -> None:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).touch()
     assert Bundle.open(folder).targets == ()
@@ -156,6 +156,22 @@ def test_field_that_is_missing_or_of_another_type_is_named(folder: Path, field: 
         (lambda d: d["graphs"]["only"].update(file=["a"]), "graph 'only' has no ONNX file"),
         (lambda d: d["graphs"]["only"].update(file="onnx/absent.onnx"), "graph 'only' has no ONNX file"),
         (lambda d: d["graphs"]["only"].update(file="../out.onnx"), "graph 'only' has no ONNX file"),
+        (lambda d: d["graphs"]["only"].pop("files"), "graph 'only': 'files' is None; it must list"),
+        (lambda d: d["graphs"]["only"].update(files=[]), "graph 'only': 'files' is "),
+        (lambda d: d["graphs"]["only"]["files"].append("onnx/absent.data"), "graph 'only': 'files' is "),
+        (lambda d: d["graphs"]["only"]["files"].append(["a"]), "graph 'only': 'files' is "),
+        (lambda d: d["graphs"]["only"].pop("operators"), "graph 'only': 'operators' is None; it must give"),
+        (lambda d: d["graphs"]["only"].update(operators={"Add": "2"}), "graph 'only': 'operators' is "),
+        (lambda d: d.update(dtype="fp8"), "field 'dtype' is 'fp8'; this release reads fp32, fp16, bf16"),
+        (
+            lambda d: d["checkpoint"].update(lineage=["a"]),
+            r"the checkpoint's lineage is \['a'\]; this release",
+        ),
+        (
+            lambda d: d["checkpoint"].update(lineage="consisid"),
+            "field 'stage_table' lacks text_encoder, identity_schedule, denoiser, vae_encoder, vae_decoder_",
+        ),
+        (lambda d: d["stage_table"].update(graphs=[]), "field 'stage_table' .*graphs is empty"),
         (lambda d: d["files"].update({"onnx/only.onnx": 700}), r"files\['onnx/only.onnx'\] must hold"),
         (lambda d: d["files"]["onnx/only.onnx"].pop("sha256"), r"files\['onnx/only.onnx'\] must hold"),
         (lambda d: d["stage_table"].pop("axes"), "field 'stage_table' is not a stage table"),
@@ -175,14 +191,33 @@ def test_manifest_that_contradicts_itself(
 @pytest.mark.parametrize("text", ["", "{", "[]", '"a"', "null", "\xff\xfe"])
 def test_manifest_that_is_no_json_object(folder: Path, text: str) -> None:
     (folder / MANIFEST).write_bytes(text.encode("latin-1"))
-    with pytest.raises(BundleError, match=r"manifest\.json(:| is not readable JSON)"):
+    with pytest.raises(
+        BundleError, match=r"manifest\.json(:| is not readable JSON| must hold a JSON object)"
+    ):
+        Bundle.open(folder)
+
+
+def test_manifest_nested_too_deeply(folder: Path) -> None:
+    (folder / MANIFEST).write_text("[" * 100_000)
+    with pytest.raises(BundleError, match=r"manifest\.json is not readable JSON \(nested too deeply\)"):
+        Bundle.open(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["onnx/\0.onnx", "x" * 5000, "onnx/\ud800.onnx"], ids=["NUL", "long", "half"]
+)
+def test_manifest_with_names_that_no_file_has(folder: Path, name: str) -> None:
+    change_manifest(folder, lambda document: document["files"].update({name: {"bytes": 1, "sha256": ""}}))
+    with pytest.raises(
+        BundleError, match=r"manifest\.json lists '.{1,90}, which can't be the name of a file"
+    ):
         Bundle.open(folder)
 
 
 def test_manifest_of_absurd_size_is_not_read(folder: Path) -> None:
     with (folder / MANIFEST).open("r+b") as file:
         file.truncate((32 << 20) + 1)
-    with pytest.raises(BundleError, match="a manifest is never above 33554432"):
+    with pytest.raises(BundleError, match="is never above 33554432"):
         Bundle.open(folder)
 
 
@@ -234,3 +269,32 @@ def test_bundle_manifest_does_not_pass_for_engines(folder: Path) -> None:
     shutil.copyfile(folder / MANIFEST, engines / MANIFEST)
     with pytest.raises(BundleError, match=r"field 'kind' is 'proteus_deploy bundle', expected .* engines'"):
         Bundle.open(folder).engines("sm89")
+
+
+@pytest.mark.parametrize("record", [{}, [], {"file": ["a"]}, {"file": "absent.engine"}])
+def test_engine_records_name_a_listed_file(folder: Path, record: Any) -> None:
+    bundle = Bundle.open(folder)
+    change_manifest(_add_engines(bundle), lambda document: document["graphs"].update(only=record))
+    with pytest.raises(BundleError, match="graph 'only' has no engine file among 'files'; build it again"):
+        bundle.engines("sm89")
+
+
+@pytest.mark.parametrize(
+    "name", ["text_encoder", "identity_schedule", "identity_fusion", "denoiser", "vae_decoder_next"]
+)
+def test_graph_that_every_video_needs(parity_bundle: Path, tmp_path: Path, name: str) -> None:
+    """Without its lineage a bundle may hold any graphs, and no video is made with it."""
+    copy = tmp_path / "copy"
+    shutil.copytree(parity_bundle, copy)
+    assert Bundle.open(copy, hashes=False).transformer.lineage == "proteus"
+
+    def leave_out(document: dict[str, Any]) -> None:
+        table = document["stage_table"]
+        table["graphs"] = [graph for graph in table["graphs"] if graph["name"] != name]
+
+    change_manifest(copy, leave_out)
+    with pytest.raises(BundleError, match=f"field 'stage_table' lacks {name}, without which"):
+        Bundle.open(copy, hashes=False)
+    change_manifest(copy, lambda document: document["checkpoint"].pop("lineage"))
+    with pytest.raises(BundleError, match=f"field 'stage_table' lacks {name}, without which"):
+        _ = Bundle.open(copy, hashes=False).transformer

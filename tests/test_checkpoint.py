@@ -211,3 +211,111 @@ def test_random_weights_stand_in_for_files(folder: Path, small_request: Callable
     values = [network.source.tensor("proj_out.weight") for network in networks]
     assert torch.equal(values[0], values[1])
     assert not torch.equal(values[0], values[2])
+
+
+def test_the_hash_follows_links_to_folders(folder: Path, tmp_path: Path) -> None:
+    """A folder of links has the hash of what they lead to, and notices when that changes."""
+    plain = Checkpoint.open(folder).hash
+    shutil.move(folder / "transformer", tmp_path / "shared")
+    (folder / "transformer").symlink_to(tmp_path / "shared")
+    assert Checkpoint.open(folder).hash == plain
+    (tmp_path / "shared" / "loop").symlink_to(folder)
+    (tmp_path / "shared" / "nowhere").symlink_to("absent")
+    assert Checkpoint.open(folder).hash == plain, "what lies above has its names already"
+    (tmp_path / "shared" / "NOTES.txt").write_text("x")
+    assert Checkpoint.open(folder).hash != plain
+
+
+BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
+    ("vae/config.json", {"scaling_factor": ...}, "'scaling_factor' is missing"),
+    ("vae/config.json", {"scaling_factor": 0}, "'scaling_factor' is 0.0; latents are divided by it"),
+    ("vae/config.json", {"scaling_factor": "0.7"}, "'scaling_factor' is '0.7'; expected float"),
+    ("vae/config.json", {"scaling_factor": float("nan")}, "'scaling_factor' is nan; it must be a finite"),
+    ("vae/config.json", {"scaling_factor": 10**400}, "'scaling_factor' is 10{70,}…; expected float"),
+    ("vae/config.json", {"latent_channels": True}, "'latent_channels' is True; expected int"),
+    ("vae/config.json", {"block_out_channels": 8}, "'block_out_channels' is 8; expected list"),
+    ("vae/config.json", {"block_out_channels": [8]}, "'block_out_channels' has 1 entries; the VAE has 4"),
+    (
+        "vae/config.json",
+        {"block_out_channels": [8, 8, 6, 8]},
+        r"holds 6; .* multiple of norm_num_groups \(4\)",
+    ),
+    ("vae/config.json", {"block_out_channels": [8, 8, [], 8]}, r"holds \[\]; each must be a positive"),
+    ("vae/config.json", {"norm_num_groups": 0}, "'norm_num_groups' is 0; it must be at least 1"),
+    (
+        "vae/config.json",
+        {"down_block_types": ["Other"] * 4},
+        "'down_block_types' names 'Other'; .* knows 'CogVid",
+    ),
+    ("vae/config.json", {"up_block_types": ["CogVideoXUpBlock3D"]}, "'up_block_types' has 1 entries"),
+    ("vae/config.json", {"sample_height": None}, "'sample_height' is None; expected int"),
+    ("vae/config.json", {"sample_width": 96.5}, "'sample_width' is 96.5; expected int"),
+    ("vae/config.json", {"layers_per_block": 10**5}, "'layers_per_block' is 100000; it must be at most 1000"),
+    ("vae/config.json", {"temporal_compression_ratio": 8}, "'temporal_compression_ratio' is 8; .* knows 4"),
+    ("text_encoder/config.json", {"vocab_size": ...}, "'vocab_size' is missing"),
+    (
+        "text_encoder/config.json",
+        {"vocab_size": 10**9},
+        "'vocab_size' is 1000000000; it must be at most 1000000",
+    ),
+    ("text_encoder/config.json", {"num_layers": -1}, "'num_layers' is -1; it must be at least 1"),
+    ("text_encoder/config.json", {"d_ff": "96"}, "'d_ff' is '96'; expected int"),
+    ("text_encoder/config.json", {"feed_forward_proj": 3}, "'feed_forward_proj' is 3; this project knows"),
+    ("scheduler/scheduler_config.json", {"num_train_timesteps": 500}, "is 500; it must be 1000"),
+    ("scheduler/scheduler_config.json", {"num_train_timesteps": ...}, "'num_train_timesteps' is missing"),
+    (
+        "scheduler/scheduler_config.json",
+        {"prediction_type": "epsilon"},
+        "'epsilon'; .* must be 'v_prediction'",
+    ),
+    ("scheduler/scheduler_config.json", {"beta_schedule": "cosine"}, "'cosine'; this project knows 'linear'"),
+    ("scheduler/scheduler_config.json", {"beta_end": 0}, "0 < beta_start <= beta_end < 1"),
+    ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}, "'trained_betas' is .*must be null"),
+    ("transformer/config.json", {"_class_name": ["a"]}, r"_class_name is \['a'\]; this project loads"),
+    (
+        "transformer/config.json",
+        {"num_layers": 10**7},
+        "'num_layers' is 10000000; it must be at most 1000000",
+    ),
+    ("transformer/config.json", {"norm_eps": float("inf")}, "'norm_eps' is inf; it must be a finite number"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), BAD_FIELDS)
+def test_a_field_that_no_published_config_could_have_is_named(
+    folder: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    change_json(folder / name, **changes)
+    with pytest.raises(CheckpointError, match=f"{name}: .*{message}"):
+        Checkpoint.open(folder)
+
+
+def test_the_real_sizes_open(tmp_path: Path) -> None:
+    from proteus_deploy.benchmarks.real_size_export import write_configs
+
+    assert Checkpoint.open(write_configs(tmp_path)).transformer.backbone.num_layers == 42
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a":' * 100_000, r"vae/config\.json is not readable JSON \(nested too deeply\)"),
+        (" " * (32 << 20) + "{}", r"vae/config\.json has 33554434 bytes; .* never above 33554432"),
+    ],
+    ids=["deep", "large"],
+)
+def test_json_without_end_is_not_read(folder: Path, content: str, message: str) -> None:
+    (folder / "vae" / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(folder)
+
+
+def test_a_damaged_tokenizer_is_named(folder: Path, small_request: Callable[..., Any]) -> None:
+    (folder / "tokenizer" / "spiece.model").write_bytes(b"not a model")
+    with (
+        Pipeline.from_checkpoint(folder) as pipeline,
+        pytest.raises(
+            CheckpointError, match=r"tokenizer can't be read as a T5 tokenizer .* download the folder"
+        ),
+    ):
+        pipeline.generate(small_request())

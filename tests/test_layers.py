@@ -13,7 +13,15 @@ LAYERS = (
     ("errors", "_files", "reporting", "testing"),
     ("kernels",),
     ("weights", "model", "stages"),
-    ("identity", "checkpoint", "stage_table", "network_factory", "tiny", "pickle_conversion"),
+    (
+        "identity",
+        "component_configs",
+        "checkpoint",
+        "stage_table",
+        "network_factory",
+        "tiny",
+        "pickle_conversion",
+    ),
     ("bundle",),
     ("runtime",),
     (

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from proteus_deploy import (
     BackendError,
     Cancelled,
     CheckpointError,
+    ComputationError,
     GenerateRequest,
     IdentityFeatures,
     InputError,
@@ -99,6 +101,71 @@ def test_cancelled_before_the_first_step(parity_pipeline: Pipeline, small_reques
     assert not steps
 
 
+@pytest.mark.parametrize("phase", ["identity", "text", "schedule"])
+def test_cancelled_between_phases(parity_pipeline: Pipeline, small_request: SmallRequest, phase: str) -> None:
+    cancel, seen = Event(), []
+
+    def on_progress(event: ProgressEvent) -> None:
+        seen.append(event.phase)
+        if event.phase == phase:
+            cancel.set()
+
+    with pytest.raises(Cancelled):
+        parity_pipeline.generate(small_request(), on_progress=on_progress, cancel=cancel)
+    assert seen[-1] == phase
+
+
+def test_a_finished_video_is_not_cancelled(parity_pipeline: Pipeline, small_request: SmallRequest) -> None:
+    cancel = Event()
+
+    def on_progress(event: ProgressEvent) -> None:
+        if event.phase == "decode" and event.done == event.total:
+            cancel.set()
+
+    parity_pipeline.generate(small_request(), on_progress=on_progress, cancel=cancel)
+    assert cancel.is_set()
+
+
+def test_changing_the_latents_of_an_event_changes_nothing(
+    parity_pipeline: Pipeline, small_request: SmallRequest
+) -> None:
+    steps: list[StepEvent] = []
+
+    def spoil(event: StepEvent) -> None:
+        steps.append(event)
+        event.latents.zero_()
+
+    want = parity_pipeline.generate(small_request()).frames
+    assert torch.equal(parity_pipeline.generate(small_request(), on_step=spoil).frames, want)
+    assert steps[0] != steps[1]
+    steps[0].latents.add_(1)
+
+
+def test_frames_are_an_ordinary_tensor(parity_pipeline: Pipeline, small_request: SmallRequest) -> None:
+    frames = parity_pipeline.generate(small_request()).frames
+    frames.mul_(0.5).requires_grad_()
+    frames.square().sum().backward()
+    assert frames.grad is not None
+
+
+def test_latents_that_stop_being_finite_are_named(
+    parity: Path, small_request: SmallRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Pipeline.from_checkpoint(parity / "checkpoint") as pipeline:
+        real, calls = pipeline.backend.runner("denoiser"), []
+
+        def overflow(**inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+            calls.append(inputs)
+            return {name: out / (len(calls) < 2) for name, out in real(**inputs).items()}
+
+        runner = pipeline.backend.runner
+        monkeypatch.setattr(
+            pipeline.backend, "runner", lambda name: overflow if name == "denoiser" else runner(name)
+        )
+        with pytest.raises(ComputationError, match="after step 2 of 3, on backend 'eager' in fp32; use bf16"):
+            pipeline.generate(small_request(num_inference_steps=3))
+
+
 @pytest.mark.parametrize("tiling", [False, Tiling(3, 4)])
 def test_cancelled_between_vae_chunks(
     parity: Path, small_request: SmallRequest, tiling: bool | Tiling
@@ -163,6 +230,76 @@ def test_requests_of_a_batch_must_agree(
 def test_an_empty_batch_is_refused(parity_pipeline: Pipeline) -> None:
     with pytest.raises(InputError, match="no requests"):
         parity_pipeline.generate_batch([])
+
+
+def test_what_is_no_request_is_refused(parity_pipeline: Pipeline, small_request: SmallRequest) -> None:
+    with pytest.raises(InputError, match="the request is None; pass a GenerateRequest"):
+        parity_pipeline.generate(cast(Any, None))
+    with pytest.raises(InputError, match="given a GenerateRequest; pass a list of GenerateRequest"):
+        parity_pipeline.generate_batch(cast(Any, small_request()))
+
+
+def test_tensors_of_another_library_are_refused(
+    parity_pipeline: Pipeline, small_request: SmallRequest
+) -> None:
+    array = cast(Any, np.zeros((1, 2, 16, 4, 6), np.float32))
+    with pytest.raises(InputError, match=r"initial_latents are a numpy\.ndarray; pass a torch tensor"):
+        parity_pipeline.generate(small_request(), initial_latents=array)
+    for name in ("denoiser", "vae_decoder"):
+        with pytest.raises(InputError, match=rf"{name}: input 'latents' is a numpy\.ndarray; stages take"):
+            parity_pipeline.stages[name](latents=array)
+    with pytest.raises(InputError, match=r"'latents' has shape \[2\]; the contract is \[1, C, F, h, w\]"):
+        parity_pipeline.stages["vae_decoder"](latents=torch.zeros(2))
+
+
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_numbers_beyond_a_table_are_refused(parity_pipeline: Pipeline, token: int) -> None:
+    ids = torch.tensor([[1, token]])
+    with pytest.raises(InputError, match=rf"text_encoder: input 'input_ids' holds {token}; it must be 0 to"):
+        parity_pipeline.stages["text_encoder"](input_ids=ids)
+    with pytest.raises(InputError, match=rf"'timesteps' holds {token}; it must be 0 to 999"):
+        parity_pipeline.stages["identity_schedule"](timesteps=ids[0])
+
+
+def test_unknown_stage_lists_the_known_ones(parity_pipeline: Pipeline) -> None:
+    with pytest.raises(KeyError) as refused:
+        parity_pipeline.stages["denoizer"]
+    assert str(refused.value).startswith("there is no stage 'denoizer'; the stages are text_encoder, ")
+    assert "denoizer" not in parity_pipeline.stages
+    assert set(parity_pipeline.stages) == set(parity_pipeline.backend.table.stages)
+
+
+@pytest.mark.parametrize("tiling", [None, 1, "yes", (3, 4)])
+def test_vae_tiling_of_another_type_is_refused(parity: Path, tiling: Any) -> None:
+    with pytest.raises(InputError, match=r"vae_tiling is .*; it must be True, False or a Tiling"):
+        Pipeline.from_checkpoint(parity / "checkpoint", vae_tiling=tiling)
+
+
+def test_torch_names_a_device_and_a_dtype(parity: Path) -> None:
+    with Pipeline.from_checkpoint(
+        parity / "checkpoint", device=torch.device("cpu"), dtype=torch.bfloat16
+    ) as pipeline:
+        assert (pipeline.backend.device, pipeline.backend.dtype) == (torch.device("cpu"), torch.bfloat16)
+    with pytest.raises(InputError, match=r"dtype torch\.int8 is unknown; choose from fp32"):
+        Pipeline.from_checkpoint(parity / "checkpoint", dtype=torch.int8)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu:0", "cuda:-1", "gpu", "", None, 0])
+def test_unknown_device_is_refused(parity: Path, device: Any) -> None:
+    with pytest.raises(BackendError, match=r"device is .*; PyTorch runs here on 'cpu', 'cuda' or 'cuda:N'"):
+        Pipeline.from_checkpoint(parity / "checkpoint", device=device)
+
+
+def test_image_tokens_outside_the_range_of_a_bundle_are_refused(
+    parity_bundle: Path, small_request: SmallRequest, identity: Callable[..., IdentityFeatures]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    with Pipeline.from_bundle(parity_bundle) as pipeline:
+        count = pipeline.backend.table.axes["M"].max + 1
+        states = tuple(torch.zeros(1, count, 16) for _ in range(5))
+        features = IdentityFeatures(identity().id_cond, states)
+        with pytest.raises(InputError, match=rf"image tokens \(M\) is {count}; the declared range is"):
+            pipeline.generate(small_request(identity=features))
 
 
 def test_schedulers_can_be_chosen(parity_pipeline: Pipeline, small_request: SmallRequest) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +54,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "x" * 20_001}, "prompt has 20001 characters; at most 20000"),
     ({"identity_prompt": "x" * 20_001}, "identity_prompt has 20001"),
     ({"negative_prompt": "x" * 20_001}, "negative_prompt has 20001"),
+    ({"prompt": "a \ud83d smile"}, r"prompt has half a character, '\\ud83d', at position 2; .* UTF-8"),
+    ({"negative_prompt": "\udcff"}, "negative_prompt has half a character"),
     ({"height": 40}, "height is 40; it must be a multiple of 16, at least 32: try 32"),
     ({"height": 16}, "height is 16; .* try 32"),
     ({"width": 0}, "width is 0; .* try 32"),
@@ -60,8 +64,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"width": "64"}, "width is '64'; it must be a whole number"),
     ({"width": 64.0}, "width is 64.0; it must be a whole number"),
     ({"num_frames": 8}, r"num_frames is 8; .* 1 \+ 4k frames, k >= 1: try 9"),
-    ({"num_frames": 1}, "num_frames is 1; .* try 5"),
-    ({"num_frames": 0}, "num_frames is 0; .* try 5"),
+    ({"num_frames": 1}, "num_frames is 1; .* try 9"),
+    ({"num_frames": 0}, "num_frames is 0; .* try 9"),
+    ({"num_frames": 14}, "num_frames is 14; .* try 17"),
     ({"num_frames": True}, "num_frames is True; it must be a whole number"),
     ({"num_inference_steps": 0}, "num_inference_steps is 0; it must be 1 to 1000"),
     ({"num_inference_steps": 1001}, "num_inference_steps is 1001; it must be 1 to 1000"),
@@ -86,6 +91,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"identity": None, "condition_image": None}, "needs photo, or both .*; neither was given"),
     ({"condition_image": None}, "only identity was given"),
     ({"identity": None}, "only condition_image was given"),
+    ({"face_index": True}, "face_index is True; it must be a whole number from 0"),
+    ({"face_index": -1}, "face_index is -1; it must be a whole number from 0"),
+    ({"face_index": 0.0}, "face_index is 0.0; it must be a whole number from 0"),
+    ({"identity": "me"}, "identity is a str; pass IdentityFeatures"),
+    ({"guidance_scale": 10**400}, "guidance_scale is 1000.*; it must be a number that a float can hold"),
+    ({"metadata": None}, "metadata is None; it must be a dict"),
+    ({"metadata": {"a": object()}}, "metadata can't be written as JSON"),
+    ({"metadata": {"a": float("nan")}}, "metadata can't be written as JSON"),
     ({"face_index": 1}, "face_index chooses a face in photo"),
 ]
 
@@ -107,7 +120,48 @@ def test_photo_and_features_together_are_refused(
 
 
 def test_numpy_numbers_are_numbers(small_request: SmallRequest, config: TransformerConfig) -> None:
-    resolve_request(small_request(height=np.int64(32), guidance_scale=np.float32(2), fps=8), config)
+    given = small_request(height=np.int64(32), guidance_scale=np.float32(2), fps=8, seed=np.int64(3))
+    resolved = resolve_request(given, config)
+    numbers = (resolved.height, resolved.guidance_scale, resolved.fps, resolved.seed)
+    assert [(type(number), number) for number in numbers] == [(int, 32), (float, 2), (int, 8), (int, 3)]
+    assert json.loads(json.dumps(request_digest(resolved)))["seed"] == 3
+
+
+@pytest.mark.parametrize("request_", [None, "a prompt", {"prompt": "x"}])
+def test_what_is_no_request_is_refused(config: TransformerConfig, request_: Any) -> None:
+    with pytest.raises(InputError, match=r"the request is .*; pass a GenerateRequest"):
+        resolve_request(request_, config)
+
+
+@pytest.mark.parametrize(
+    ("asked", "warning"),
+    [
+        (5, "num_frames is 5, for which the published decoder makes 8 frames; 9 would come out as asked"),
+        (13, "num_frames is 13, for which .* makes 16 frames; 9 or 17 would come out as asked"),
+        (9, None),
+        (17, None),
+    ],
+)
+def test_more_frames_than_asked_for_are_announced(
+    small_request: SmallRequest,
+    config: TransformerConfig,
+    asked: int,
+    warning: str | None,
+) -> None:
+    logged: list[logging.LogRecord] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            logged.append(record)
+
+    logger, handler = logging.getLogger("proteus_deploy.request"), Keep()
+    logger.addHandler(handler)
+    try:
+        resolve_request(small_request(num_frames=asked), config)
+    finally:
+        logger.removeHandler(handler)
+    assert len(logged) == (warning is not None)
+    assert warning is None or re.fullmatch(warning, logged[0].getMessage())
 
 
 @pytest.mark.parametrize("fields", [{"height": 32}, {"num_frames": 5}, {"max_sequence_length": 20}])

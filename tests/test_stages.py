@@ -231,3 +231,64 @@ def test_precisions_have_two_names(table: StageTable) -> None:
         assert short_dtype(dtype) == short
     with pytest.raises(InputError, match="dtype 'fp8' is unknown; choose from fp32, float32"):
         resolve_dtype("fp8")
+
+
+def _tensor(document: dict[str, Any]) -> dict[str, Any]:
+    return document["graphs"][0]["inputs"][0]  # type: ignore[no-any-return]
+
+
+BAD_TABLES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+    (lambda d: d.pop("axes"), "the table lacks 'axes'; its fields are axes, graphs"),
+    (lambda d: d.update(more=1), "the table has the unknown field 'more'"),
+    (lambda d: d.update(axes=[]), r"axes is \[\]; it must be an object"),
+    (lambda d: d.update(graphs={}), r"graphs is \{\}; it must be a list"),
+    (lambda d: d.update(graphs=[]), "graphs is empty; a table has at least one graph"),
+    (lambda d: d["graphs"].append(d["graphs"][0]), "graphs name 'two' twice; every name must be another"),
+    (lambda d: d["graphs"][0].pop("stage"), "an entry of graphs lacks 'stage'"),
+    (
+        lambda d: d["graphs"][0].update(name="../two"),
+        "name of a graph is '../two'; a name is 1 to 100 letters",
+    ),
+    (lambda d: d["graphs"][0].update(inputs=[]), "graph 'two' has no inputs"),
+    (lambda d: d["graphs"][0].update(outputs=3), "graph 'two': outputs is 3; it must be a list"),
+    (lambda d: d["axes"].pop("h"), "tensor 'a': axis '2h' has no range; the symbols are B"),
+    (lambda d: d["axes"]["h"].pop("opt"), r"axes\['h'\] lacks 'opt'; its fields are min, opt, max"),
+    (lambda d: d["axes"]["h"].update(opt=2.0), r"axes\['h'\]\['opt'\] is 2.0; it must be a whole number"),
+    (lambda d: d["axes"]["h"].update(min=True), r"axes\['h'\]\['min'\] is True; it must be a whole number"),
+    (
+        lambda d: d["axes"]["h"].update(max=2**31),
+        r"axes\['h'\] reaches 2147483648; a size is at most 2147483647",
+    ),
+    (lambda d: d["axes"]["h"].update(max=2**31 - 1), "axis '2h' reaches above 2147483647"),
+    (
+        lambda d: d["axes"].update({"2h": {"min": 1, "opt": 1, "max": 1}}),
+        r"axes\['2h'\]: a symbol is made of",
+    ),
+    (lambda d: _tensor(d).update(name="b"), "inputs and outputs name 'b' twice"),
+    (lambda d: _tensor(d).update(dtype="int8"), "tensor 'a': dtype is 'int8'; choose from float, float32"),
+    (lambda d: _tensor(d).update(dtype=[]), r"tensor 'a': dtype is \[\]; choose from"),
+    (lambda d: _tensor(d).update(fill="zeros"), "tensor 'a': fill is 'zeros'; choose from normal, unit"),
+    (lambda d: _tensor(d).update(fill="tokens"), "tensor 'a': high is 0; it must be 1 to 2147483647"),
+    (lambda d: _tensor(d).update(high="9"), "tensor 'a': high is '9'; it must be a whole number"),
+    (lambda d: _tensor(d).update(axes=[0]), "tensor 'a': an axis is 0; a number must be 1 to"),
+    (lambda d: _tensor(d).update(axes=[None]), "tensor 'a': an axis is None; it must be a whole number"),
+    (lambda d: _tensor(d).update(axes=[True]), "tensor 'a': an axis is True"),
+    (lambda d: _tensor(d).update(axes=["2"]), "axis '2' is not a symbol"),
+    (lambda d: _tensor(d).update(axes=["9" * 5000 + "h"]), "has no range; the symbols are B, h"),
+    (
+        lambda d: d["graphs"][0]["outputs"][0].update(axes=["f"]) or d["axes"].update(f=d["axes"]["B"]),
+        "output 'c' has the axis 'f', which no input has",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_TABLES, ids=[message for _, message in BAD_TABLES])
+def test_json_that_is_no_table_is_refused_by_field(
+    change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    table = StageTable({"B": AxisRange(1, 2, 4), "h": AxisRange(1, 2, 3)}, (TWO,))
+    document = json.loads(json.dumps(table.to_json()))
+    assert StageTable.from_json(document) == table
+    change(document)
+    with pytest.raises(InputError, match=message):
+        StageTable.from_json(document)

@@ -68,7 +68,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": ["x"]}}', "3"]
+    "content", ["{", '{"a":' * 100_000, "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": ["x"]}}', "3"]
 )
 def test_an_index_that_is_none_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / INDEX).write_text(content)

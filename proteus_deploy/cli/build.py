@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from proteus_deploy.cli.output import print_json, print_table
 from proteus_deploy.cli.progress import Progress
+from proteus_deploy.cli.video_progress import cancel_on_interrupt
 
 if TYPE_CHECKING:
     from proteus_deploy.bundle import EngineSet
@@ -72,7 +73,11 @@ def run(arguments: argparse.Namespace) -> int:
     cache = None if arguments.no_cache else EngineCache(arguments.cache_dir or default_folder())
 
     sets = []
-    with Progress("building", len(targets) * len(graphs), unit="engine") as progress:
+    # TensorRT's C++ code drops an exception of its callbacks, the KeyboardInterrupt of Ctrl-C as well.
+    with (
+        cancel_on_interrupt(second="kill") as cancel,
+        Progress("building", len(targets) * len(graphs), unit="engine") as progress,
+    ):
         for target in targets:
 
             def report(graph: str, record: Mapping[str, Any] | None, target: str = target) -> None:
@@ -88,6 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
                     cache=cache,
                     force_memory=arguments.force_memory,
                     progress=report,
+                    cancel=cancel,
                 )
             )
     if arguments.json:

@@ -85,18 +85,19 @@ def _seed(text: str) -> int | None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Make the video, say what it is and where, and return 0. Raises InputError for wrong input."""
-    kind = kind_of(arguments.path)
-    _check_files(arguments)
-    request = _request(arguments)
-    if not arguments.identity_prompt:
-        print("no --identity-prompt: the person's look comes from the photo alone", file=sys.stderr)
-    with cancel_on_interrupt() as cancel, _open(kind, arguments) as pipeline:
-        started_s = time.perf_counter()
-        with VideoProgress(request.num_inference_steps) as progress:
-            video = pipeline.generate(
-                request, on_step=progress.on_step, on_progress=progress.on_progress, cancel=cancel
-            )
-        seconds = time.perf_counter() - started_s
+    with cancel_on_interrupt() as cancel:  # before the imports of torch, which an exception would break
+        kind = kind_of(arguments.path)
+        _check_files(arguments)
+        request = _request(arguments)
+        if not arguments.identity_prompt:
+            print("no --identity-prompt: the person's look comes from the photo alone", file=sys.stderr)
+        with _open(kind, arguments) as pipeline:
+            started_s = time.perf_counter()
+            with VideoProgress(request.num_inference_steps) as progress:
+                video = pipeline.generate(
+                    request, on_step=progress.on_step, on_progress=progress.on_progress, cancel=cancel
+                )
+            seconds = time.perf_counter() - started_s
     if arguments.frames_dir is not None:
         video.save_frames(arguments.frames_dir)
     video.save(arguments.output)

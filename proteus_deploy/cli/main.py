@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Protocol, cast
 
 from proteus_deploy import __version__
@@ -88,6 +89,13 @@ def _report(message: str, *, debug: bool) -> None:
     print(f"error: {message}", file=sys.stderr)
 
 
+def _open_closed_streams() -> None:
+    """A stream that the shell closed (`>&-`) is None; what is written to it goes nowhere from here on."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+
+
 def _run(command: Command, arguments: argparse.Namespace) -> int:
     debug: bool = arguments.debug
     try:
@@ -96,9 +104,6 @@ def _run(command: Command, arguments: argparse.Namespace) -> int:
     except ProteusError as error:
         _report(str(error), debug=debug)
         return error.exit_code
-    except KeyboardInterrupt:
-        _report("interrupted", debug=debug)
-        return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Python flushes stdout once more at exit; that flush has to have somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -115,11 +120,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     argparse itself exits (SystemExit) for --help, --version and a malformed command line.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    commands = load_commands()
-    parser = build_parser(commands)
-    _refuse_unknown_command(parser, words, list(commands))
-    arguments = parser.parse_args(words)
-    return _run(commands[arguments.command], arguments)
+    try:
+        _open_closed_streams()
+        commands = load_commands()
+        parser = build_parser(commands)
+        _refuse_unknown_command(parser, words, list(commands))
+        arguments = parser.parse_args(words)
+        return _run(commands[arguments.command], arguments)
+    except KeyboardInterrupt:
+        _report("interrupted", debug="--debug" in words)
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -28,17 +28,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from proteus_deploy._files import atomic_file, write_json
+    from proteus_deploy._files import atomic_file, check_writable, write_json
     from proteus_deploy.cli.output import print_table
     from proteus_deploy.cli.paths import open_bundle
     from proteus_deploy.cli.progress import PhaseProgress
     from proteus_deploy.export.verify import verify_bundle
 
+    for file in (arguments.json, arguments.markdown):
+        if file is not None:
+            check_writable(file)
     bundle = open_bundle(arguments.bundle)
     with PhaseProgress() as progress:
         report = verify_bundle(
             bundle,
-            arguments.backend or ["onnxruntime"],
+            list(dict.fromkeys(arguments.backend or ["onnxruntime"])),
             checkpoint=arguments.checkpoint,
             budget=arguments.budget,
             report=progress,

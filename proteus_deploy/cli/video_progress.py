@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from proteus_deploy.cli.progress import Progress
 from proteus_deploy.errors import Cancelled
@@ -67,9 +69,11 @@ class VideoProgress:
 
 
 @contextmanager
-def cancel_on_interrupt() -> Iterator[threading.Event]:
+def cancel_on_interrupt(*, second: Literal["raise", "kill"] = "raise") -> Iterator[threading.Event]:
     """Yield an event that the first Ctrl-C sets; a second one interrupts at once.
 
+    second: "raise" a KeyboardInterrupt, or let the signal "kill" the process: for work in C++ code, which
+    would drop the exception. Only for work that a killed process can't damage.
     Cancelled becomes KeyboardInterrupt where Ctrl-C was its cause, so that the exit code says so.
     """
     event = threading.Event()
@@ -81,6 +85,9 @@ def cancel_on_interrupt() -> Iterator[threading.Event]:
         if event.is_set():
             raise KeyboardInterrupt
         event.set()
+        if second == "kill":
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        _say_stopping()
 
     before = signal.signal(signal.SIGINT, stop)
     try:
@@ -91,3 +98,10 @@ def cancel_on_interrupt() -> Iterator[threading.Event]:
         raise
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _say_stopping() -> None:
+    # Past the stream's buffer: the signal may have come while a line was being written to it.
+    with suppress(OSError, ValueError, AttributeError):
+        descriptor = sys.stderr.fileno()
+        os.write(descriptor, ("\n" if os.isatty(descriptor) else "").encode() + "stopping…\n".encode())

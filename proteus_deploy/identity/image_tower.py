@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from proteus_deploy.errors import CheckpointError
 from proteus_deploy.identity._weights import fill_module, read_tensors, shape_of
 from proteus_deploy.identity.features import HIDDEN_STATES
+from proteus_deploy.weights import read_header
 
 __all__ = ["CONFIG_NAME", "PUBLISHED_HIDDEN_LAYERS", "ImageTower", "ImageTowerSizes", "load_image_tower"]
 
@@ -172,7 +173,8 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Turn neighbouring channel pairs of x [B, H, N, D] by the angles of tables [N, D]."""
     pairs = x.reshape(*x.shape[:-1], -1, 2)
     turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
-    return x * cosines + turned * sines
+    # The tables are float32; attention needs queries and keys in the precision of the values.
+    return (x * cosines + turned * sines).to(x.dtype)
 
 
 def load_image_tower(path: str | Path) -> ImageTower:
@@ -195,6 +197,20 @@ def load_image_tower(path: str | Path) -> ImageTower:
     _check_ropes(ropes, sizes, path)
     fill_module(tower, tensors, path)
     return tower
+
+
+def read_image_tower_sizes(path: str | Path) -> ImageTowerSizes:
+    """The sizes of the tower in a safetensors file, from its header alone.
+
+    Raises CheckpointError as `load_image_tower` does.
+    """
+    path = Path(path)
+    shapes = {
+        key.removeprefix(_PREFIX): torch.empty(shape, device="meta")
+        for key, shape in read_header(path).items()
+    }
+    ropes = {key: shapes.pop(key) for key in list(shapes) if "rope.freqs_" in key}
+    return _sizes_from_weights(shapes, ropes, path)
 
 
 def _sizes_from_weights(tensors: dict[str, Tensor], ropes: dict[str, Tensor], path: Path) -> ImageTowerSizes:

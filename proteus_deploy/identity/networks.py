@@ -6,7 +6,6 @@ Detector and recogniser are ONNX files already and are copied into a bundle as t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from proteus_deploy.identity.alignment import CROP_SIZE
 from proteus_deploy.identity.encoder import PARSER_NAME, TOWER_NAME, weights_file
 from proteus_deploy.identity.face_parser import LABELS, load_face_parser
 from proteus_deploy.identity.features import HIDDEN_STATES
-from proteus_deploy.identity.image_tower import ImageTower, load_image_tower
+from proteus_deploy.identity.image_tower import ImageTowerSizes, load_image_tower, read_image_tower_sizes
 from proteus_deploy.model.networks import Network
 from proteus_deploy.stages import Graph, TensorSpec
 
@@ -55,7 +54,7 @@ class _LoadedWeights:
 
 def face_graphs(checkpoint: Checkpoint) -> list[Graph]:
     """Graphs `face_parser` and `image_tower`. Raises CheckpointError when a weight file is missing."""
-    sizes = _tower(_folder(checkpoint)).sizes
+    sizes = _tower_sizes(_folder(checkpoint))
     tokens, states = sizes.grid**2 + 1, range(HIDDEN_STATES)
     crop = (1, 3, CROP_SIZE, CROP_SIZE)
     return [
@@ -79,7 +78,7 @@ def face_graphs(checkpoint: Checkpoint) -> list[Graph]:
 
 def image_tokens(checkpoint: Checkpoint) -> int:
     """Tokens of the image tower's hidden states: patches and the class token (577)."""
-    return int(_tower(_folder(checkpoint)).sizes.grid ** 2 + 1)
+    return int(_tower_sizes(_folder(checkpoint)).grid ** 2 + 1)
 
 
 def face_network(checkpoint: Checkpoint, graph: str) -> Network:
@@ -107,6 +106,5 @@ def _folder(checkpoint: Checkpoint) -> Path:
     return checkpoint.face_encoder
 
 
-@lru_cache(maxsize=2)
-def _tower(folder: Path) -> ImageTower:
-    return load_image_tower(weights_file(folder, TOWER_NAME))
+def _tower_sizes(folder: Path) -> ImageTowerSizes:
+    return read_image_tower_sizes(weights_file(folder, TOWER_NAME))

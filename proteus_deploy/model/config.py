@@ -6,6 +6,7 @@ field's words here and nowhere else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +15,10 @@ from proteus_deploy.errors import CheckpointError
 
 Lineage = Literal["proteus", "consisid"]
 
+TRAIN_TIMESTEPS = 1000  # every published scheduler counts 0..999
+
 _IMAGE_SCALES = 5
+_LARGEST = 10**6  # no size in a published config comes near it
 
 _LINEAGES: dict[str, Lineage] = {
     "ProteusIDTransformer3DModel": "proteus",
@@ -143,26 +147,48 @@ class TransformerConfig:
         return self.schedule.queries
 
 
-class _Reader:
+class ConfigReader:
     """Typed reads from a JSON object; a missing key or a wrong type names itself."""
 
     def __init__(self, document: Mapping[str, Any], source: str) -> None:
         self.document = document
         self.source = source
 
-    def __call__(self, key: str, kind: type[Any], default: Any = ...) -> Any:
+    def __call__(self, key: str, kind: type[Any], default: Any = ..., *, largest: int = _LARGEST) -> Any:
         value = self.document.get(key, default)
         if value is ...:
             raise CheckpointError(f"{self.source}: {key!r} is missing; it is part of every published config")
         if value is None and default is None:
             return None
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and type(value) is int and abs(value) < 2**53:
             return float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise CheckpointError(f"{self.source}: {key!r} is {value!r}; expected {kind.__name__}")
-        if kind is int and value < 1:
-            raise CheckpointError(f"{self.source}: {key!r} is {value}; it must be at least 1")
+            raise CheckpointError(f"{self.source}: {key!r} is {shortened(value)}; expected {kind.__name__}")
+        if kind is int and not 1 <= value <= largest:
+            rule = "it must be at least 1" if value < 1 else f"it must be at most {largest}"
+            raise CheckpointError(f"{self.source}: {key!r} is {shortened(value)}; {rule}")
+        if kind is float and not math.isfinite(value):
+            raise CheckpointError(f"{self.source}: {key!r} is {value}; it must be a finite number")
         return value
+
+    def one_of(self, key: str, allowed: tuple[Any, ...], default: Any = ...) -> Any:
+        """A value that must be among those known; a published file that lacks it means `default`."""
+        value = self.document.get(key, default)
+        if value is ... or not any(_same(value, known) for known in allowed):
+            found = "missing" if value is ... else shortened(value)
+            known = ", ".join(repr(entry) for entry in allowed)
+            raise CheckpointError(f"{self.source}: {key!r} is {found}; this project knows {known}")
+        return value
+
+
+def _same(value: Any, known: Any) -> bool:
+    return isinstance(value, bool) == isinstance(known, bool) and bool(value == known)
+
+
+def shortened(value: Any) -> str:
+    """repr of a value from a file, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def read_transformer_config(document: Mapping[str, Any], source: str = "config.json") -> TransformerConfig:
@@ -171,11 +197,11 @@ def read_transformer_config(document: Mapping[str, Any], source: str = "config.j
     Raises CheckpointError when the class is unknown, a key is missing or mistyped, or dimensions clash.
     """
     class_name = document.get("_class_name")
-    if class_name not in _LINEAGES:
+    if not isinstance(class_name, str) or class_name not in _LINEAGES:
         known = ", ".join(sorted(_LINEAGES))
         raise CheckpointError(f"{source}: _class_name is {class_name!r}; this project loads {known}")
     lineage = _LINEAGES[class_name]
-    get = _Reader(document, source)
+    get = ConfigReader(document, source)
     if lineage == "consisid" and not get("is_train_face", bool, False):
         raise CheckpointError(f"{source}: is_train_face is false, so the checkpoint has no identity modules")
     backbone = _read_backbone(get)
@@ -196,7 +222,7 @@ def read_transformer_config(document: Mapping[str, Any], source: str = "config.j
     return TransformerConfig(lineage, backbone, attention, fusion, schedule, get("is_kps", bool, False))
 
 
-def _read_backbone(get: _Reader) -> BackboneConfig:
+def _read_backbone(get: ConfigReader) -> BackboneConfig:
     rotary = get("use_rotary_positional_embeddings", bool)
     config = BackboneConfig(
         num_layers=get("num_layers", int),
@@ -244,7 +270,7 @@ def _read_backbone(get: _Reader) -> BackboneConfig:
     return config
 
 
-def _read_fusion(get: _Reader) -> FusionConfig:
+def _read_fusion(get: ConfigReader) -> FusionConfig:
     depth, scales = get("FT_depth", int), get("FT_num_scale", int)
     if depth % scales:
         raise CheckpointError(f"{get.source}: FT_depth {depth} is not a multiple of FT_num_scale {scales}")
@@ -261,14 +287,14 @@ def _read_fusion(get: _Reader) -> FusionConfig:
     )
 
 
-def _check_scales(get: _Reader, key: str, scales: int) -> None:
+def _check_scales(get: ConfigReader, key: str, scales: int) -> None:
     if scales > _IMAGE_SCALES:
         raise CheckpointError(
             f"{get.source}: {key} is {scales}; the image tower gives {_IMAGE_SCALES} hidden states"
         )
 
 
-def _read_schedule(get: _Reader) -> ScheduleConfig:
+def _read_schedule(get: ConfigReader) -> ScheduleConfig:
     if (found := get.document.get("FFE_timestep_activation_fn", "silu")) != "silu":
         raise CheckpointError(
             f"{get.source}: FFE_timestep_activation_fn is {found!r}; only 'silu' was published"
@@ -288,7 +314,7 @@ def _read_schedule(get: _Reader) -> ScheduleConfig:
     )
 
 
-def _read_local_facial(get: _Reader) -> LocalFacialConfig:
+def _read_local_facial(get: ConfigReader) -> LocalFacialConfig:
     depth, scales = get("LFE_depth", int), get("LFE_num_scale", int)
     if depth % scales:
         raise CheckpointError(f"{get.source}: LFE_depth {depth} is not a multiple of LFE_num_scale {scales}")

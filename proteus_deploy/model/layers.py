@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-TRAIN_TIMESTEPS = 1000  # every published scheduler counts 0..999
+from proteus_deploy.model.config import TRAIN_TIMESTEPS
 
 
 def sinusoid(

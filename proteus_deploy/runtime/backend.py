@@ -79,8 +79,11 @@ def _contract(graph: Graph) -> str:
     return ", ".join(f"{spec.name} {list(spec.axes)}" for spec in graph.inputs)
 
 
-def resolve_dtype(name: str) -> torch.dtype:
-    """ "fp32", "float32", "fp16", "float16", "bf16" or "bfloat16" -> torch.dtype. Raises InputError."""
+def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
+    """ "fp32", "float32", "fp16", "float16", "bf16" or "bfloat16" -> torch.dtype, which may be given itself.
+
+    Raises InputError for any other.
+    """
     import torch
 
     known = {
@@ -91,7 +94,9 @@ def resolve_dtype(name: str) -> torch.dtype:
         "bf16": torch.bfloat16,
         "bfloat16": torch.bfloat16,
     }
-    if name not in known:
+    if isinstance(name, torch.dtype) and name in known.values():
+        return name
+    if not isinstance(name, str) or name not in known:
         raise InputError(f"dtype {name!r} is unknown; choose from {', '.join(known)}")
     return known[name]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,8 @@ from proteus_deploy.stages import Graph, StageTable
 
 if TYPE_CHECKING:
     from proteus_deploy.checkpoint import Checkpoint
+
+_CUDA = re.compile(r"cuda(:\d{1,4})?")
 
 # The reference has no largest batch; the table only needs a range that makes identities batched.
 _UNLIMITED_VIDEOS = 64
@@ -39,11 +42,7 @@ class EagerBackend:
 
         Raises BackendError when the device isn't here. Weights are read on first use of each network."""
         self.name = "compiled" if compiled else "eager"
-        self.device = torch.device(device)
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise BackendError(
-                f"device {device!r} was asked for, but PyTorch sees no CUDA device; use device='cpu'"
-            )
+        self.device = _resolve_device(device)
         self.dtype = dtype
         self.table = table or build_stage_table(checkpoint, ExportRanges(max_videos=_UNLIMITED_VIDEOS))
         self._factory = NetworkFactory(checkpoint, folded=folded)
@@ -62,6 +61,27 @@ class EagerBackend:
 
     def close(self) -> None:
         self._runners.clear()
+
+
+def _resolve_device(device: str | torch.device) -> torch.device:
+    """ "cpu", "cuda" or "cuda:N", as text or torch.device. Raises BackendError for any other, or absent."""
+    name: object = str(device) if isinstance(device, torch.device) else device
+    if name == "cpu":
+        return torch.device(name)
+    if not isinstance(name, str) or not _CUDA.fullmatch(name):
+        raise BackendError(
+            f"device is {device!r}; PyTorch runs here on 'cpu', 'cuda' or 'cuda:N': choose one"
+        )
+    if not torch.cuda.is_available():
+        raise BackendError(
+            f"device {name!r} was asked for, but PyTorch sees no CUDA device; use device='cpu'"
+        )
+    count = torch.cuda.device_count()
+    if int(name.partition(":")[2] or 0) >= count:
+        raise BackendError(
+            f"device {name!r} was asked for; here are 'cuda:0' to 'cuda:{count - 1}': choose one"
+        )
+    return torch.device(name)
 
 
 class EagerGraph:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from proteus_deploy.bundle import Bundle
 
 
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
 class OnnxRuntimeBackend:
     name = "onnxruntime"
     checks_ranges = True
@@ -28,14 +31,17 @@ class OnnxRuntimeBackend:
             import onnxruntime
         except ImportError as error:
             raise BackendError('onnxruntime is not installed; pip install "proteus-deploy[onnx]"') from error
-        self.provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(device, device)
+        name = str(device).removesuffix(":0")
+        if name not in _PROVIDERS:
+            raise BackendError(f"ONNX Runtime device is {device!r}; choose from {', '.join(_PROVIDERS)}")
+        self.provider = _PROVIDERS[name]
         available = onnxruntime.get_available_providers()
         if self.provider not in available:
             raise BackendError(f"ONNX Runtime has no {self.provider} here; it has {', '.join(available)}")
-        if bundle.dtype == "bf16" and self.provider == "CPUExecutionProvider":
+        if bundle.dtype == "bf16":
             raise BackendError(
-                "ONNX Runtime's CPU provider has no bfloat16 kernels; run this bundle with openvino, "
-                "or export it with --dtype fp32"
+                "ONNX Runtime takes tensors from NumPy, which has no bfloat16, and its CPU provider has no "
+                "bfloat16 kernels; run this bundle with openvino, or export it with --dtype fp32"
             )
         self.device = torch.device("cpu")  # ONNX Runtime moves tensors to its provider by itself
         self.dtype = resolve_dtype(bundle.dtype)
@@ -66,9 +72,13 @@ def open_session(file: Any, provider: str = "CPUExecutionProvider", threads: int
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        return onnxruntime.InferenceSession(str(file), options, providers=[provider])
+        session = onnxruntime.InferenceSession(str(file), options, providers=[provider])
     except Exception as error:  # ONNX Runtime raises its own types, which have no common public base
         raise BackendError(f"ONNX Runtime can't load {file}: {error}") from error
+    # A provider whose libraries don't load is replaced by the CPU with no more than a warning.
+    if (found := session.get_providers()[0]) != provider:
+        raise BackendError(f"ONNX Runtime could not start {provider} for {file} and offered {found}")
+    return session
 
 
 class OnnxRuntimeGraph:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,13 +66,15 @@ class OpenVinoGraph:
         self.graph = graph
         self._compiled = compiled
         self._request = compiled.create_infer_request()
+        self._lock = Lock()  # a request holds one run's results until they are copied out
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Raises InputError when names or shapes break the contract."""
         bind_sizes(self.graph, inputs)
         feeds = {name: _to_openvino(value) for name, value in inputs.items()}
-        self._request.infer(feeds, share_inputs=False)
-        return {spec.name: _to_torch(self._request.get_tensor(spec.name)) for spec in self.graph.outputs}
+        with self._lock:
+            self._request.infer(feeds, share_inputs=False)
+            return {spec.name: _to_torch(self._request.get_tensor(spec.name)) for spec in self.graph.outputs}
 
 
 def _to_openvino(value: Tensor) -> Any:

@@ -20,9 +20,10 @@ import re
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from threading import Event
 from typing import Any
 
-from proteus_deploy.errors import BackendError, BundleError, InputError
+from proteus_deploy.errors import BackendError, BundleError, Cancelled, InputError
 
 FLAVOURS = ("tensorrt_rtx", "tensorrt")
 _EXTRAS = {"tensorrt_rtx": "tensorrt-rtx", "tensorrt": "tensorrt"}
@@ -93,12 +94,16 @@ def _new_log(module: Any) -> Any:
             super().__init__()
             self.errors: list[str] = []
             self.warnings: list[str] = []
+            self.failure: BaseException | None = None  # what a callback of ours met, Ctrl-C as a rule
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in (module.ILogger.INTERNAL_ERROR, module.ILogger.ERROR):
-                self.errors.append(message)
-            elif severity == module.ILogger.WARNING:
-                self.warnings.append(message)
+            try:
+                if severity in (module.ILogger.INTERNAL_ERROR, module.ILogger.ERROR):
+                    self.errors.append(message)
+                elif severity == module.ILogger.WARNING:
+                    self.warnings.append(message)
+            except BaseException as error:  # noqa: BLE001  it must not cross the C++ frames above
+                self.failure = error
 
     return MessageLog()
 
@@ -177,6 +182,7 @@ class TensorRT:
         """(builder, empty strongly typed network), with the messages of earlier work forgotten."""
         self.log.errors.clear()
         self.log.warnings.clear()
+        self.log.failure = None
         builder = self.module.Builder(self.log)
         flags = 0
         if self.flavour == "tensorrt" and int(self.version.split(".")[0]) < 11:
@@ -189,7 +195,9 @@ class TensorRT:
         Raises BundleError that names the node TensorRT can't take.
         """
         parser = self.module.OnnxParser(network, self.log)
-        if not parser.parse_from_file(str(onnx_file)):
+        parsed = parser.parse_from_file(str(onnx_file))
+        self._raise_caught()
+        if not parsed:
             found = [parser.get_error(index) for index in range(parser.num_errors)]
             text = "; ".join(f"node {e.node_name()!r} ({e.node_operator()}): {e.desc()}" for e in found)
             raise BundleError(f"{self.label} can't parse {onnx_file}: {text or self.last_errors()}")
@@ -218,20 +226,35 @@ class TensorRT:
         method = "build_serialized_network_to_stream"
         return hasattr(builder, method) and hasattr(self.module, "IStreamWriter")
 
-    def write_engine(self, builder: Any, network: Any, config: Any, file: Path) -> None:
-        """Build and write the engine. Raises BackendError with TensorRT's messages, or the disk's OSError."""
+    def write_engine(
+        self, builder: Any, network: Any, config: Any, file: Path, *, cancel: Event | None = None
+    ) -> None:
+        """Build and write the engine.
+
+        cancel: looked at after every step of the build, where the package reports them.
+        Raises BackendError with TensorRT's messages, the disk's OSError, or Cancelled.
+        """
+        watched = hasattr(self.module, "IProgressMonitor") and hasattr(config, "progress_monitor")
+        monitor = _new_monitor(self.module, self.log, cancel) if watched else None
         with file.open("wb") as stream:
-            if self.can_stream(builder):
-                writer = _new_writer(self.module, stream)
-                built = builder.build_serialized_network_to_stream(network, config, writer)
-                # The builder reports success whatever `write` returned.
-                if writer.failure is not None:
-                    raise writer.failure
-            else:
-                plan = builder.build_serialized_network(network, config)
-                built = plan is not None
-                if built:
-                    stream.write(memoryview(plan))
+            if watched:
+                config.progress_monitor = monitor
+            try:
+                if self.can_stream(builder):
+                    writer = _new_writer(self.module, self.log, stream)
+                    # The builder reports success whatever `write` returned.
+                    built = builder.build_serialized_network_to_stream(network, config, writer)
+                else:
+                    plan = builder.build_serialized_network(network, config)
+                    built = plan is not None
+                    if built:
+                        stream.write(memoryview(plan))
+            finally:
+                if watched:
+                    config.progress_monitor = None  # it goes before the configuration does
+        self._raise_caught()
+        if cancel is not None and cancel.is_set():
+            raise Cancelled("cancelled by the caller")
         if not built or not file.stat().st_size:
             raise BackendError(f"{self.label} built no engine: {self.last_errors()}")
 
@@ -245,6 +268,12 @@ class TensorRT:
             raise BackendError(f"{self.label} can't load the engine {file}: {self.last_errors()}")
         return engine
 
+    def _raise_caught(self) -> None:
+        """Raise what a callback had to keep back."""
+        failure, self.log.failure = self.log.failure, None
+        if failure is not None:
+            raise failure
+
     def last_errors(self) -> str:
         """The last messages of severity error, once each, on one line."""
         # Without a GPU every failed build ends with this complaint, whatever its reason was.
@@ -252,21 +281,43 @@ class TensorRT:
         return "; ".join(list(dict.fromkeys(telling))[-_SHOWN_ERRORS:]) or "it gave no reason"
 
 
-def _new_writer(module: Any, stream: Any) -> Any:
+def _new_writer(module: Any, log: Any, stream: Any) -> Any:
     class FileWriter(module.IStreamWriter):  # type: ignore[misc]
         def __init__(self) -> None:
             module.IStreamWriter.__init__(self)
-            self.failure: OSError | None = None
 
         def write(self, data: bytes) -> int:
-            if self.failure is None:
-                try:
+            try:
+                if log.failure is None:
                     return int(stream.write(data))
-                except OSError as error:  # must not cross the C++ frames above
-                    self.failure = error
+            except BaseException as error:  # noqa: BLE001  it must not cross the C++ frames above
+                log.failure = error
             return 0
 
     return FileWriter()
+
+
+def _new_monitor(module: Any, log: Any, cancel: Event | None) -> Any:
+    """An IProgressMonitor that ends the build when `cancel` is set or a callback has failed."""
+
+    class CancelMonitor(module.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            module.IProgressMonitor.__init__(self)
+
+        def phase_start(self, _phase: str, _parent: str | None, _steps: int) -> None:
+            pass
+
+        def phase_finish(self, _phase: str) -> None:
+            pass
+
+        def step_complete(self, _phase: str, _step: int) -> bool:
+            try:
+                return log.failure is None and not (cancel is not None and cancel.is_set())
+            except BaseException as error:  # noqa: BLE001  it must not cross the C++ frames above
+                log.failure = error
+                return False
+
+    return CancelMonitor()
 
 
 @cache

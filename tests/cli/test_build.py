@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +16,7 @@ from proteus_deploy.bundle import Bundle
 from proteus_deploy.cli import build
 from proteus_deploy.cli import main as cli
 from proteus_deploy.cli.main import Command
+from proteus_deploy.cli.progress import Progress
 from proteus_deploy.runtime import tensorrt_api
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
@@ -103,6 +107,57 @@ def test_altered_bundle_is_refused(bundle: Bundle, capsys: pytest.CaptureFixture
         stream.write(b"x")
     assert cli.main(["build", str(bundle.folder), "--target", "sm89"]) == 2
     assert "first.onnx has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["between engines", "write", "monitor"])
+def test_interrupt_ends_the_build(
+    bundle: Bundle, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Wherever Ctrl-C comes, also in a callback under TensorRT's C++ code."""
+    started: list[str] = []
+    real, advance = tensorrt_api._new_writer, Progress.advance
+
+    def note(self: Progress, n: int = 1, text: str | None = None) -> None:
+        if n == 0 and text is not None:
+            started.append(text)
+        if n == 1 and text is not None and where == "between engines":
+            os.kill(os.getpid(), signal.SIGINT)
+        advance(self, n, text)
+
+    class Interrupting:
+        """A stream whose first write meets Ctrl-C."""
+
+        def __init__(self, stream: Any) -> None:
+            self.stream = stream
+            self.calm = False
+
+        def write(self, data: bytes) -> int:
+            if not self.calm:
+                self.calm = True
+                os.kill(os.getpid(), signal.SIGINT)
+            return int(self.stream.write(data))
+
+    def new_monitor(module: Any, log: Any, cancel: Any) -> Any:
+        monitor = real_monitor(module, log, cancel)
+        os.kill(os.getpid(), signal.SIGINT)
+        return monitor
+
+    real_monitor = tensorrt_api._new_monitor
+    monkeypatch.setattr(Progress, "advance", note)
+    if where == "write":
+        monkeypatch.setattr(
+            tensorrt_api, "_new_writer", lambda module, log, stream: real(module, log, Interrupting(stream))
+        )
+    elif where == "monitor":
+        monkeypatch.setattr(tensorrt_api, "_new_monitor", new_monitor)
+    before = signal.getsignal(signal.SIGINT)
+    assert cli.main(["build", str(bundle.folder), "--target", "sm89", "--no-cache"]) == cli.EXIT_INTERRUPTED
+    printed = capfd.readouterr().err
+    assert printed.count("stopping…\n") == 1
+    assert printed.endswith("error: interrupted\n")
+    assert started == ["first for sm89"]
+    assert list((bundle.folder / "engines").iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_target_is_required(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:

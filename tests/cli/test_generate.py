@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from proteus_deploy.cli import video_progress
+from proteus_deploy.cli import generate, video_progress
 from proteus_deploy.cli.main import main
 from proteus_deploy.pipeline import StepEvent
+from proteus_deploy.request import GenerateRequest
 from proteus_deploy.tiny.portrait import draw_portrait
 from proteus_deploy.video import read_video
 
@@ -133,7 +137,7 @@ def test_word_that_is_no_choice_is_refused(
     [
         (["--dtype", "fp16"], "a bundle runs in the precision"),
         (["--backend", "eager"], "backend 'eager' runs a checkpoint"),
-        (["--height", "960"], "the declared range is"),
+        (["--height", "960"], "this bundle was exported for 32 to 96"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -206,6 +210,41 @@ def test_interrupt_stops_between_steps_and_leaves_no_file(
     assert "interrupted" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_interrupt_while_the_networks_are_opened(
+    tiny_checkpoint: Path,
+    photo: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = generate._request
+
+    def interrupt(arguments: argparse.Namespace) -> GenerateRequest:
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(arguments)
+
+    monkeypatch.setattr(generate, "_request", interrupt)
+    assert main(_words(tiny_checkpoint, photo, tmp_path / "out.mp4")) == 130
+    printed = capfd.readouterr().err
+    assert printed.count("stopping…\n") == 1
+    assert "denoising" not in printed
+    assert "Traceback" not in printed
+
+
+def test_second_interrupt_may_kill_for_work_in_cpp_code() -> None:
+    program = (
+        "import os, signal\n"
+        "from proteus_deploy.cli.video_progress import cancel_on_interrupt\n"
+        "with cancel_on_interrupt(second='kill') as cancel:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    assert cancel.is_set()\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr.decode() == "stopping…\n"
 
 
 def test_second_interrupt_does_not_wait() -> None:

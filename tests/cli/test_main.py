@@ -165,6 +165,31 @@ def test_reader_that_goes_away_is_not_a_traceback(tmp_path: Path) -> None:
         assert child.wait() == cli.EXIT_BROKEN_PIPE
 
 
+def test_interrupt_while_the_commands_are_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> dict[str, cli.Command]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_commands", interrupted)
+    assert cli.main(["export"]) == cli.EXIT_INTERRUPTED
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_are_no_error(tmp_path: Path, closed: str) -> None:
+    """Results and errors of a command whose shell closed its standard streams."""
+    program = Path(sys.executable).parent / "proteus-deploy"
+    for words, code in (("--version", 0), (f"inspect {tmp_path}", 2)):
+        done = subprocess.run(
+            ["sh", "-c", f"{program} {words} {closed}"], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code
+        assert "Traceback" not in done.stderr
+        if "2>" in closed:
+            assert "error" not in done.stdout
+
+
 def test_installed_entry_point_runs() -> None:
     program = Path(sys.executable).parent / "proteus-deploy"
     done = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)

@@ -92,7 +92,14 @@ def make_bundle(folder: Path, dtype: str = "fp32", *, weight: float = 0.1) -> Bu
         "checkpoint": {},
         "dtype": dtype,
         "stage_table": TABLE.to_json(),
-        "graphs": {graph.name: {"file": f"onnx/{graph.name}.onnx"} for graph in TABLE.graphs},
+        "graphs": {
+            graph.name: {
+                "file": f"onnx/{graph.name}.onnx",
+                "files": sorted(f"onnx/{file.name}" for file in folder.glob(f"onnx/{graph.name}.onnx*")),
+                "operators": {},
+            }
+            for graph in TABLE.graphs
+        },
         "versions": {},
         "parity": {},
     }

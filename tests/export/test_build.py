@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 
 from proteus_deploy import _files
 from proteus_deploy.bundle import Bundle
-from proteus_deploy.errors import BackendError, BundleError, InputError
+from proteus_deploy.errors import BackendError, BundleError, Cancelled, InputError
 from proteus_deploy.export.build import build_bundle
 from proteus_deploy.export.engine_cache import EngineCache
 from proteus_deploy.runtime import tensorrt_api
@@ -138,6 +139,42 @@ def test_failure_half_way_keeps_the_old_engines(bundle: Bundle, monkeypatch: pyt
         build_bundle(bundle, "sm89", progress=progress)
     assert _contents(bundle.engines("sm89").folder) == before
     assert not _hidden(bundle)
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_cancelled_build_keeps_the_old_engines(bundle: Bundle, after: int) -> None:
+    before = _contents(build_bundle(bundle, "sm89").folder)
+    cancel, done = threading.Event(), []
+
+    def progress(graph: str, record: Mapping[str, Any] | None) -> None:
+        if record is not None:
+            done.append(graph)
+        if len(done) == after:
+            cancel.set()  # before the first engine's first step, or between it and the next
+
+    with pytest.raises(Cancelled):
+        build_bundle(bundle, "sm89", progress=progress, cancel=cancel)
+    assert len(done) == after
+    assert _contents(bundle.engines("sm89").folder) == before
+    assert not _hidden(bundle)
+
+
+def test_exception_in_a_callback_is_not_swallowed(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C without the command line's handler: KeyboardInterrupt comes up inside a callback."""
+
+    class Interrupted:
+        def write(self, data: bytes) -> int:
+            raise KeyboardInterrupt
+
+    real = tensorrt_api._new_writer
+    monkeypatch.setattr(
+        tensorrt_api, "_new_writer", lambda module, log, stream: real(module, log, Interrupted())
+    )
+    with pytest.raises(KeyboardInterrupt):
+        build_bundle(bundle, "sm89")
+    assert not _hidden(bundle)
+    monkeypatch.undo()
+    assert build_bundle(bundle, "sm89").graphs, "the next build starts afresh"
 
 
 def test_only_one_build_at_a_time(bundle: Bundle) -> None:

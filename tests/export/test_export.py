@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,24 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_left(
     with pytest.raises(CheckpointError, match=r"wrong shape: proj_out\.weight is \[64, 95\]"):
         export_bundle(Checkpoint.open(folder), tmp_path / "out" / "bundle")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_broken_tokenizer_is_not_copied(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_checkpoint()
+    (folder / "tokenizer").unlink()
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "spiece.model").write_bytes(b"not a model")
+    with pytest.raises(CheckpointError, match="tokenizer can't be read as a T5 tokenizer"):
+        export_bundle(Checkpoint.open(folder), tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_tokenizer_of_another_text_encoder_is_named(parity: Path, tmp_path: Path) -> None:
+    source = Checkpoint.open(parity / "checkpoint")
+    small = replace(source, text_encoder={**source.text_encoder, "vocab_size": 2})
+    with pytest.raises(CheckpointError, match=r"gives the token .* vocab_size is 2; the parts come from"):
+        export_bundle(small, tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from proteus_deploy.errors import CheckpointError
 from proteus_deploy.identity.face_parser import load_face_parser
-from proteus_deploy.identity.image_tower import ImageTower, ImageTowerSizes, load_image_tower
+from proteus_deploy.identity.image_tower import (
+    ImageTower,
+    ImageTowerSizes,
+    load_image_tower,
+    read_image_tower_sizes,
+)
 
 WEIGHTS = "image_tower_weights.safetensors"
 NAMES = ["pooled", *(f"hidden_{depth}" for depth in range(5))]
@@ -155,3 +160,20 @@ def test_both_networks_export_to_onnx(
             error = np.abs(value - expected[name].numpy()).max()
             report(f"{name}: max error {error:.1e}")
             assert error < 1e-4, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_in_half_precision(golden: Path, dtype: torch.dtype) -> None:
+    """The rotation tables are float32; queries and keys must come back in the precision of the values."""
+    tower = load_image_tower(golden / WEIGHTS)
+    expected = load_file(golden / "image_tower_expected.safetensors")
+    face = expected.pop("face")
+    outputs = tower.to(dtype)(face=face.to(dtype))
+    for name in NAMES:
+        assert outputs[name].dtype == dtype
+        error = (outputs[name].float() - expected[name]).norm() / expected[name].norm()
+        assert error < 5e-2, name
+
+
+def test_sizes_come_from_the_header_alone(golden: Path) -> None:
+    assert read_image_tower_sizes(golden / WEIGHTS) == load_image_tower(golden / WEIGHTS).sizes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -93,3 +94,16 @@ def test_file_that_is_no_graph_is_named(new_bundle: Callable[..., Bundle]) -> No
     write_manifest(bundle.folder, document)
     with pytest.raises(BackendError, match=r"OpenVINO can't .* .*second_start\.onnx: "):
         OpenVinoBackend(Bundle.open(bundle.folder)).runner("second_start")
+
+
+def test_threads_get_their_own_results(new_bundle: Callable[..., Bundle]) -> None:
+    """One request serves a graph; nobody may run it before another's results are copied."""
+    run = OpenVinoBackend(new_bundle("bundle")).runner("first")
+
+    def one(seed: int) -> bool:
+        x = torch.randn(4, 16, generator=torch.Generator().manual_seed(seed))
+        timestep = torch.arange(4)
+        return torch.allclose(run(x=x, timestep=timestep)["y"], expected(x, timestep), atol=1e-5)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(one, range(200)))
