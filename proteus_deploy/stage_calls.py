@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -117,22 +117,11 @@ class UnknownStage(InputError, KeyError):
     __str__ = Exception.__str__  # KeyError's own shows the message in quotes
 
 
-class Stages(Mapping[str, Stage]):
-    """Stages by name. Raises UnknownStage, listing those there are."""
+class Stages(dict[str, Stage]):
+    """Stages by name; one may be replaced by a callable of the same contract. Raises UnknownStage."""
 
-    def __init__(self, stages: Mapping[str, Stage]) -> None:
-        self._stages = dict(stages)
-
-    def __getitem__(self, name: str) -> Stage:
-        if name not in self._stages:
-            raise UnknownStage(f"there is no stage {name!r}; the stages are {', '.join(self._stages)}")
-        return self._stages[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stages)
-
-    def __len__(self) -> int:
-        return len(self._stages)
+    def __missing__(self, name: str) -> Stage:
+        raise UnknownStage(f"there is no stage {name!r}; the stages are {', '.join(self)}")
 
 
 def stages_of(backend: Backend, config: TransformerConfig, tiling: Tiling | None) -> Stages:
