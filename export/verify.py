@@ -14,7 +14,7 @@ import torch
 
 from proteus_deploy.bundle import Bundle
 from proteus_deploy.checkpoint import Checkpoint
-from proteus_deploy.errors import BackendError, InputError
+from proteus_deploy.errors import BackendError, ComputationError, InputError
 from proteus_deploy.export.export import versions
 from proteus_deploy.export.parity import graph_error
 from proteus_deploy.export.reference import (
@@ -211,6 +211,9 @@ def _verify_video(
             on_step=lambda event: compare(event.index, event.latents),
         )
         frames = video.frames
+    except ComputationError as failure:
+        errors.append(math.nan)  # latents that are not numbers end the run
+        note = str(failure)
     except InputError as refusal:
         if not errors:
             raise

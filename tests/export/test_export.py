@@ -95,6 +95,7 @@ def test_same_checkpoint_gives_the_same_bytes(
         "reference",
         "reference video",
         "parity",
+        "hash the checkpoint and the bundle",
     ]
     for phase in {phase for phase, _, _ in said}:
         done = [(count, total) for name, count, total in said if name == phase]
@@ -142,8 +143,13 @@ def test_nothing_is_written_over_what_is_there(checkpoint: Checkpoint, tmp_path:
     with pytest.raises(InputError, match="already exists and is not empty; choose another folder"):
         export_bundle(checkpoint, target, reference="none")
     assert [path.name for path in tmp_path.rglob("*")] == ["bundle", "mine.txt"]
-    export_bundle(checkpoint, target, reference="none", overwrite=True)
-    assert Bundle.open(target).manifest["reference"] == "none"
+    with pytest.raises(InputError, match="is not a bundle, so --overwrite does not replace it"):
+        export_bundle(checkpoint, target, reference="none", overwrite=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["bundle", "mine.txt"]
+    (target / "mine.txt").unlink()
+    for reference in ("none", "stages"):  # an empty folder is filled, a bundle is replaced
+        export_bundle(checkpoint, target, reference=reference, overwrite=True)
+        assert Bundle.open(target).manifest["reference"] == reference
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
@@ -160,12 +166,12 @@ def test_failure_half_way_leaves_nothing(
     monkeypatch.setattr(export_module, "export_graph", fail)
     old = tmp_path / "bundle"
     old.mkdir()
-    (old / "old.txt").touch()
+    (old / "manifest.json").write_text('{"kind": "proteus_deploy bundle"}')
     for target, overwrite in ((tmp_path / "new", False), (old, True)):
         with pytest.raises(OSError, match="No space left"):
             export_bundle(checkpoint, target, overwrite=overwrite)
     assert calls == 2
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["bundle", "old.txt"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["bundle", "manifest.json"]
 
 
 @pytest.mark.usefixtures("instant_export")
