@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from proteus_deploy._files import check_writable
 from proteus_deploy.cli.output import print_json, print_table
 from proteus_deploy.cli.paths import kind_of, open_bundle
 from proteus_deploy.cli.video_progress import VideoProgress, cancel_on_interrupt
@@ -88,6 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     with cancel_on_interrupt() as cancel:  # before the imports of torch, which an exception would break
         kind = kind_of(arguments.path)
         _check_files(arguments)
+        check_writable(arguments.output)  # now, and not after hours of work
         request = _request(arguments)
         if not arguments.identity_prompt:
             print("no --identity-prompt: the person's look comes from the photo alone", file=sys.stderr)

@@ -253,3 +253,14 @@ def test_second_interrupt_does_not_wait() -> None:
         assert cancel.is_set()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_output_that_can_not_be_written_is_known_before_the_work(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo, blocked = tmp_path / "photo.png", tmp_path / "file"
+    photo.write_bytes(b"never read")
+    blocked.write_text("x")
+    words = ["generate", str(tiny_checkpoint), "--photo", str(photo), "--prompt", "a"]
+    assert main([*words, "--identity-prompt", "b", "--output", str(blocked / "out.mp4")]) == 2
+    assert "can't write" in capsys.readouterr().err
