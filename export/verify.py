@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from proteus_deploy.runtime.backend import Backend
 
 Status = Literal["ok", "failed", "not run"]
+# Called with the backend's name, the recorded reference and the backend's frames, float32 [1, F, 3, H, W].
+OnVideo = Callable[[str, VideoReference, torch.Tensor], None]
 
 VIDEO_CHECKS = ("latents", "frames")
 HEADERS = ("backend", "check", "error", "tolerance", "kind", "status", "detail")
@@ -107,6 +109,7 @@ def verify_bundle(
     *,
     checkpoint: Path | None = None,
     budget: Path | None = None,
+    on_video: OnVideo | None = None,
     report: Report = no_report,
 ) -> VerificationReport:
     """Compare each backend with the reference.
@@ -114,6 +117,7 @@ def verify_bundle(
     The reference is the one recorded in the bundle, or, given `checkpoint`, computed from it now. The
     backends eager and compiled run the checkpoint at the bundle's precision, so they need it.
     budget: JSON {check: tolerance} that replaces entries of the tolerance table.
+    on_video: sees each backend's whole video; not called where none was recorded or the run ended in NaN.
     Raises BundleError, InputError or BackendError; figures outside their bounds are rows, not errors.
     """
     if not backends:
@@ -131,7 +135,7 @@ def verify_bundle(
         pipeline = _open(bundle, name, source)
         with pipeline:
             rows += _verify_stages(pipeline.backend, name, stages, tolerances, report)
-            rows += _verify_video(pipeline, name, video, tolerances, report)
+            rows += _verify_video(pipeline, name, video, tolerances, on_video, report)
     return VerificationReport(
         bundle=bundle.folder.name,
         dtype=bundle.dtype,
@@ -191,6 +195,7 @@ def _verify_video(
     name: str,
     reference: VideoReference | None,
     tolerances: Mapping[str, Tolerance],
+    on_video: OnVideo | None,
     say: Report,
 ) -> Iterator[Row]:
     if reference is None:
@@ -227,6 +232,8 @@ def _verify_video(
     shape = "x".join(map(str, frames.shape[1:]))
     error = measured_error(frames, reference.frames, tolerances["frames"])
     yield _row(name, "video frames", error, tolerances["frames"], f"{shape} values in 0..1")
+    if on_video is not None:
+        on_video(name, reference, frames)
 
 
 def _row(backend: str, check: str, error: float | None, tolerance: Tolerance, detail: str) -> Row:

@@ -85,3 +85,88 @@ def test_wrong_input(
 def test_folder_that_is_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tmp_path)]) == 2
     assert "has no manifest.json" in capsys.readouterr().err
+
+
+def _quality(tmp_path: Path, *bounds: str) -> list[str]:
+    (tmp_path / "quality.toml").write_text("\n".join(f"[[bound]]\n{bound}" for bound in bounds))
+    return ["--budget", str(tmp_path / "quality.toml")]
+
+
+def test_quality_budget(parity_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The backend's video is measured against the reference's; one bound holds, the other can't."""
+    words = ["--json", str(tmp_path / "report.json"), "--markdown", str(tmp_path / "report.md")]
+    good = _quality(tmp_path, 'metric = "psnr"\nmin = 40')
+    assert main(["verify", str(parity_bundle), *good, *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "quality, onnxruntime:" in lines
+    assert lines[-1] == "passed"
+    # 100 stands for equal frames and nothing is above it; the reference against itself is equal.
+    bad = _quality(tmp_path, 'metric = "psnr"\nmin = 40', 'metric = "psnr"\nmin = 101')
+    assert main(["verify", str(parity_bundle), *bad, *words]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("FAILED: bounds")
+    document = json.loads((tmp_path / "report.json").read_text())
+    assert document["passed"]
+    rows = document["quality"]["onnxruntime"]["rows"]
+    assert [row["passed"] for row in rows] == [True, False]
+    text = (tmp_path / "report.md").read_text()
+    assert "## Quality, onnxruntime" in text
+    assert text.rstrip().endswith("FAILED.")
+
+
+def test_both_kinds_of_budget(
+    parity_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Good quality doesn't save a graph that is past its tolerance."""
+    (tmp_path / "budget.json").write_text('{"identity_schedule": 1e-12}')
+    words = ["--budget", str(tmp_path / "budget.json"), *_quality(tmp_path, 'metric = "psnr"\nmin = 40')]
+    assert main(["verify", str(parity_bundle), *words]) == 1
+    output = capsys.readouterr().out
+    assert "FAILED: figures" in output
+    assert output.splitlines()[-1] == "passed"
+
+
+def test_video_that_was_never_made_fails_the_quality_budget(
+    parity_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def without_video(*_: Any, **__: Any) -> verify.VerificationReport:
+        row = verify.Row("onnxruntime", "denoiser", 0.0, 1e-4, "ok", "relative")
+        return verify.VerificationReport("bundle", "fp32", (row,), {}, {})
+
+    monkeypatch.setattr(verify, "verify_bundle", without_video)
+    words = _quality(tmp_path, 'metric = "psnr"\nmax_drop = 1')
+    assert main(["verify", str(parity_bundle), *words]) == 1
+    assert "no video was measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("bound", "message"),
+    [
+        ('metric = "face_sim_arc"\nmin = 0.5', "face_sim_arc needs a photo, and a bundle's recorded request"),
+        ('metric = "motion_person"\nmin = 0.5', "motion_person needs a person mask"),
+        ('metric = "lpips"\nmax = 0.5', "lpips is measured by networks: pass --encoders DIR"),
+        ('metric = "pnsr"\nmin = 0.5', "'pnsr' is no metric"),
+    ],
+)
+def test_quality_budget_that_cannot_be_checked(
+    parity_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], bound: str, message: str
+) -> None:
+    assert main(["verify", str(parity_bundle), *_quality(tmp_path, bound)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--budget", "a.toml", "--budget", "b.toml"],
+            "two files of quality bounds (TOML), a.toml and b.toml",
+        ),
+        (["--budget", "a.json", "--budget", "b.json"], "two files of tolerances (JSON)"),
+        (["--encoders", "x"], "only a TOML --budget asks for"),
+    ],
+)
+def test_budgets_that_contradict(
+    parity_bundle: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert main(["verify", str(parity_bundle), *words]) == 2
+    assert message in capsys.readouterr().err
