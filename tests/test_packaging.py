@@ -73,7 +73,10 @@ def test_wheel_holds_the_tree_and_one_import_name(wheel: Path, repository: Path)
     code = {name for name in names if name.endswith(".py")}
     assert code == _modules_in_tree(repository)
     rest = {name for name in names - code if not name.startswith(dist_info)}
-    assert rest == {"proteus_deploy/py.typed"}
+    configs = {
+        f"proteus_deploy/training/accelerate/{name}.yaml" for name in ("ddp", "fsdp", "deepspeed_zero2")
+    }
+    assert rest == {"proteus_deploy/py.typed"} | configs
     assert any(name.endswith("LICENSE") for name in names)
 
 

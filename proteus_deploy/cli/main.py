@@ -22,7 +22,17 @@ from typing import Protocol, cast
 from proteus_deploy import __version__
 from proteus_deploy.errors import ProteusError
 
-COMMAND_MODULES = ("inspect", "export", "build", "verify", "generate", "demo", "convert")
+COMMAND_MODULES = (
+    "inspect",
+    "export",
+    "build",
+    "verify",
+    "generate",
+    "evaluate",
+    "train",
+    "demo",
+    "convert",
+)
 
 EXIT_FAILED = 1
 EXIT_INPUT = 2

@@ -16,7 +16,7 @@ from proteus_deploy._files import atomic_directory, write_json
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["write_tiny_checkpoint"]
+__all__ = ["MODEL_INDEX", "SCHEDULER", "TEXT_ENCODER", "TRANSFORMER", "VAE", "write_tiny_checkpoint"]
 
 _TEXT_WIDTH = 64
 _TEXT_TOKENS = 64
@@ -28,7 +28,7 @@ _QUERIES = 16
 _IDENTITY_TOKENS = 12
 _FACE_WIDTH = 64
 
-_MODEL_INDEX: dict[str, Any] = {
+MODEL_INDEX: dict[str, Any] = {
     "_class_name": "ProteusIDPipeline",
     "scheduler": ["diffusers", "CogVideoXDPMScheduler"],
     "text_encoder": ["transformers", "T5EncoderModel"],
@@ -37,7 +37,7 @@ _MODEL_INDEX: dict[str, Any] = {
     "vae": ["diffusers", "AutoencoderKLCogVideoX"],
 }
 
-_TRANSFORMER: dict[str, Any] = {
+TRANSFORMER: dict[str, Any] = {
     "_class_name": "ProteusIDTransformer3DModel",
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
@@ -110,7 +110,7 @@ _TRANSFORMER: dict[str, Any] = {
     "LFE_vit_dim": _TOWER_WIDTH,
 }
 
-_VAE: dict[str, Any] = {
+VAE: dict[str, Any] = {
     "_class_name": "AutoencoderKLCogVideoX",
     "act_fn": "silu",
     "block_out_channels": [8, 16, 16, 32],
@@ -135,7 +135,7 @@ _VAE: dict[str, Any] = {
     "use_quant_conv": False,
 }
 
-_TEXT_ENCODER: dict[str, Any] = {
+TEXT_ENCODER: dict[str, Any] = {
     "architectures": ["T5EncoderModel"],
     "classifier_dropout": 0.0,
     "d_ff": 160,
@@ -164,7 +164,7 @@ _TEXT_ENCODER: dict[str, Any] = {
     "vocab_size": 320,  # 192 pieces and 100 sentinels, rounded up to whole rows of 64, as T5's is
 }
 
-_SCHEDULER: dict[str, Any] = {
+SCHEDULER: dict[str, Any] = {
     "_class_name": "CogVideoXDPMScheduler",
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -194,8 +194,8 @@ def write_tiny_checkpoint(folder: str | Path, *, seed: int = 0) -> Path:
 
     folder = Path(folder)
     with atomic_directory(folder) as new:
-        write_json(new / "model_index.json", _MODEL_INDEX)
-        write_json(new / "scheduler" / "scheduler_config.json", _SCHEDULER)
+        write_json(new / "model_index.json", MODEL_INDEX)
+        write_json(new / "scheduler" / "scheduler_config.json", SCHEDULER)
         write_tokenizer(new / "tokenizer", max_length=_TEXT_TOKENS)
         _write_networks(new, seed)
         write_face_encoder(
@@ -220,12 +220,12 @@ def _write_networks(folder: Path, seed: int) -> None:
         write_weights,
     )
 
-    write_json(folder / "transformer" / "config.json", _TRANSFORMER)
-    write_json(folder / "vae" / "config.json", _VAE)
-    write_json(folder / "text_encoder" / "config.json", _TEXT_ENCODER)
-    stages = transformer_networks(read_transformer_config(_TRANSFORMER), folded=False)
+    write_json(folder / "transformer" / "config.json", TRANSFORMER)
+    write_json(folder / "vae" / "config.json", VAE)
+    write_json(folder / "text_encoder" / "config.json", TEXT_ENCODER)
+    stages = transformer_networks(read_transformer_config(TRANSFORMER), folded=False)
     with torch.device("meta"):
-        text_encoder = TextEncoder(_TEXT_ENCODER)
+        text_encoder = TextEncoder(TEXT_ENCODER)
     text_shapes = {name.removeprefix("t5."): shape for name, shape in _shapes([text_encoder]).items()}
     del text_shapes["encoder.embed_tokens.weight"]  # tied: files hold it once, as shared.weight
     for file, weights in (
@@ -233,7 +233,7 @@ def _write_networks(folder: Path, seed: int) -> None:
             "transformer/diffusion_pytorch_model.safetensors",
             transformer_weights(_shapes(stages.values()), seed),
         ),
-        ("vae/diffusion_pytorch_model.safetensors", vae_weights(_shapes([vae_on_meta(_VAE)]), seed)),
+        ("vae/diffusion_pytorch_model.safetensors", vae_weights(_shapes([vae_on_meta(VAE)]), seed)),
         ("text_encoder/model.safetensors", text_encoder_weights(text_shapes, seed)),
     ):
         write_weights(folder / file, weights, torch.float16)

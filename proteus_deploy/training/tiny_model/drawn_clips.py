@@ -1,4 +1,4 @@
-"""Avatar clips drawn once and kept as plain arrays on disk, for networks that learn from frames alone."""
+"""Avatar clips and photos drawn once and kept as arrays on disk, for networks that learn from pixels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["draw_clips"]
+__all__ = ["draw_aligned_photos", "draw_clips"]
 
 _CHUNK = 25
 
@@ -61,3 +61,44 @@ def _draw(start: int, stop: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         for clip in clips
     ]
     return np.stack([clip.frames for clip in clips]), np.stack(parts)
+
+
+def draw_aligned_photos(
+    folder: Path, count: int, *, side: int = 96, processes: int = 2, report: Report = no_report
+) -> NDArray[np.uint8]:
+    """Condition images, uint8 [count, side, side, 3]: photos aligned as the pipeline does, on white.
+
+    Photo i shows training person i. The file is drawn once and kept.
+    """
+    import numpy as np
+
+    file = folder / f"aligned-photos-{count}-{side}.npy"
+    if not file.exists():
+        photos = np.empty((count, side, side, 3), dtype=np.uint8)
+        starts = range(0, count, _CHUNK)
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            jobs = [pool.submit(_draw_aligned, start, min(start + _CHUNK, count), side) for start in starts]
+            for start, job in zip(starts, jobs, strict=True):
+                drawn = job.result()
+                photos[start : start + len(drawn)] = drawn
+                report("drawing photos", start + len(drawn), count)
+        with atomic_file(file) as new, new.open("wb") as stream:
+            np.save(stream, photos)
+    loaded: NDArray[np.uint8] = np.load(file, mmap_mode="r")
+    return loaded
+
+
+def _draw_aligned(start: int, stop: int, side: int) -> NDArray[np.uint8]:
+    import cv2
+    import numpy as np
+
+    from proteus_deploy.identity.alignment import align_face
+    from proteus_deploy.training.avatars import make_photo, training_seed
+
+    aligned = []
+    for index in range(start, stop):
+        photo = make_photo(training_seed(index), 0, 256)
+        white = np.where(photo.head_mask[..., None], photo.image, np.uint8(255))
+        crop, _ = align_face(white, photo.landmarks, 2 * side)
+        aligned.append(cv2.resize(crop, (side, side), interpolation=cv2.INTER_AREA))
+    return np.stack(aligned)

@@ -18,9 +18,19 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from proteus_deploy._files import atomic_file
-from proteus_deploy.errors import Cancelled, CheckpointError, ComputationError, InputError
+from proteus_deploy.errors import Cancelled, ComputationError, InputError
 from proteus_deploy.reporting import Report, no_report
+from proteus_deploy.training.randomness import step_generator
+from proteus_deploy.training.state import (
+    Averages,
+    check_settings,
+    drop_later_lines,
+    load_tensors,
+    pack,
+    parameter_groups,
+    save_tensors,
+    unpack,
+)
 
 __all__ = ["FitSettings", "LossFunction", "fit", "step_generator"]
 
@@ -59,18 +69,6 @@ class FitSettings:
             return self.learning_rate * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def step_generator(seed: int, step: int, *more: int) -> Generator:
-    """A generator on the CPU that depends on these numbers only, however many steps ran before."""
-    mixed = 0x9E3779B97F4A7C15
-    for number in (seed, step, *more):
-        # splitmix64: neighbouring seeds and steps get unrelated streams.
-        mixed = (mixed + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        mixed ^= mixed >> 31
-    return Generator().manual_seed(mixed & 0x7FFFFFFFFFFFFFFF)
 
 
 def fit(
@@ -120,19 +118,12 @@ class _Fitting:
         self.state_file = folder / f"{name}.state.safetensors"
         self.log_file = folder / f"{name}.log.jsonl"
         self.parameters = {key: value for key, value in module.named_parameters() if value.requires_grad}
-        decayed = [value for value in self.parameters.values() if value.ndim > 1]
-        plain = [value for value in self.parameters.values() if value.ndim <= 1]
-        groups: list[dict[str, Any]] = [
-            {"params": decayed, "weight_decay": settings.weight_decay},
-            {"params": plain},
-        ]
         self.optimiser = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            parameter_groups(self.parameters.values(), settings.weight_decay),
             lr=settings.learning_rate,
             betas=settings.betas,
-            weight_decay=0.0,
         )
-        self.average = {key: value.detach().clone() for key, value in self.parameters.items()}
+        self.averages = Averages(self.parameters, settings.ema)
         self.step = 0
         self.seconds, self.cpu_seconds = 0.0, 0.0
         self._started, self._cpu_started = time.perf_counter(), time.process_time()
@@ -150,55 +141,41 @@ class _Fitting:
         self.optimiser.zero_grad(set_to_none=True)
         value.backward()
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), settings.clip_norm)
+        if not bool(torch.isfinite(norm)):
+            raise ComputationError(
+                f"the gradient of {self.name} is {float(norm)} at step {step}; choose a lower rate"
+            )
         self.optimiser.step()
-        # A young average forgets faster, or it would keep the first random weights for long.
-        kept = min(settings.ema, (1 + step) / (10 + step))
-        averages, current = list(self.average.values()), [p.detach() for p in self.parameters.values()]
-        torch._foreach_lerp_(averages, current, 1 - kept)
+        self.averages.update(step)
         self.step += 1
         if self.step % settings.log_every == 0 or self.step in (1, settings.steps):
             self._log({"loss": float(value.detach()), "norm": float(norm), **details})
         if time.perf_counter() - self._saved_at > settings.save_every_s:
             self.save()
 
-    def _spent(self) -> tuple[float, float]:
-        return (
-            self.seconds + time.perf_counter() - self._started,
-            self.cpu_seconds + time.process_time() - self._cpu_started,
-        )
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "seconds": self.seconds + time.perf_counter() - self._started,
+            "cpu_seconds": self.cpu_seconds + time.process_time() - self._cpu_started,
+            "settings": asdict(self.settings),
+        }
 
     def _log(self, numbers: Mapping[str, float]) -> None:
-        seconds, cpu_seconds = self._spent()
+        facts = self._facts()
         line = {
             "step": self.step,
             **{key: float(f"{value:.6g}") for key, value in numbers.items()},
             "rate": self.settings.rate(self.step - 1),
-            "seconds": round(seconds, 1),
-            "cpu_seconds": round(cpu_seconds, 1),
+            "seconds": round(facts["seconds"], 1),
+            "cpu_seconds": round(facts["cpu_seconds"], 1),
         }
         with self.log_file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 
     def save(self) -> None:
-        from safetensors.torch import save_file
-
-        tensors: dict[str, Tensor] = {}
-        for key, value in self.module.state_dict().items():
-            tensors[f"module.{key}"] = value.detach().contiguous()
-        for key, value in self.average.items():
-            tensors[f"average.{key}"] = value.contiguous()
-        for key, parameter in self.parameters.items():
-            for field, value in self.optimiser.state[parameter].items():
-                tensors[f"adam.{field}.{key}"] = torch.as_tensor(value).contiguous()
-        seconds, cpu_seconds = self._spent()
-        facts = {
-            "step": self.step,
-            "seconds": seconds,
-            "cpu_seconds": cpu_seconds,
-            "settings": asdict(self.settings),
-        }
-        with atomic_file(self.state_file) as temporary:
-            save_file(_unshared(tensors), temporary, {"proteus_deploy": json.dumps(facts)})
+        tensors = pack(self.module.state_dict(), self.averages, self.parameters, self.optimiser)
+        save_tensors(self.state_file, tensors, self._facts())
         self._saved_at = time.perf_counter()
 
     def resume(self) -> None:
@@ -206,87 +183,32 @@ class _Fitting:
         if not self.state_file.exists():
             self.log_file.unlink(missing_ok=True)
             return
-        tensors, facts = _read(self.state_file)
-        self._check_settings(facts, self.state_file)
-        self._load_module(
-            {
-                key.removeprefix("module."): value
-                for key, value in tensors.items()
-                if key.startswith("module.")
-            },
-            self.state_file,
-        )
-        for key, parameter in self.parameters.items():
-            self.average[key].copy_(tensors[f"average.{key}"])
-            fields = {
-                stored.split(".", 2)[1]: value
-                for stored, value in tensors.items()
-                if stored.startswith("adam.") and stored.split(".", 2)[2] == key
-            }
-            self.optimiser.state[parameter].update(fields)
+        tensors, facts = load_tensors(self.state_file)
+        check_settings(facts, asdict(self.settings), self.state_file)
+        try:
+            weights = unpack(tensors, self.averages, self.parameters, self.optimiser)
+        except InputError as error:
+            raise InputError(f"{self.state_file}: {error}") from error
+        self._load_module(weights, self.state_file)
         self.step = int(facts["step"])
         self.seconds, self.cpu_seconds = float(facts["seconds"]), float(facts["cpu_seconds"])
-        if self.log_file.exists():
-            lines = self.log_file.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
-            with atomic_file(self.log_file) as temporary:
-                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        drop_later_lines(self.log_file, self.step)
 
     def finish(self, result: Path) -> None:
-        from safetensors.torch import save_file
-
         with torch.no_grad():
-            for key, parameter in self.parameters.items():
-                parameter.copy_(self.average[key])
-        seconds, cpu_seconds = self._spent()
-        facts = {
-            "step": self.step,
-            "seconds": seconds,
-            "cpu_seconds": cpu_seconds,
-            "settings": asdict(self.settings),
-        }
-        tensors = {key: value.detach().contiguous() for key, value in self.module.state_dict().items()}
-        with atomic_file(result) as temporary:
-            save_file(_unshared(tensors), temporary, {"proteus_deploy": json.dumps(facts)})
+            for key, value in self.averages.values.items():
+                self.parameters[key].copy_(value)
+        save_tensors(result, self.module.state_dict(), self._facts())
         self.state_file.unlink(missing_ok=True)
 
     def load_result(self, result: Path) -> None:
-        tensors, facts = _read(result)
-        self._check_settings(facts, result)
+        tensors, facts = load_tensors(result)
+        check_settings(facts, asdict(self.settings), result)
         self._load_module(tensors, result)
-
-    def _check_settings(self, facts: Mapping[str, Any], file: Path) -> None:
-        mine = json.loads(json.dumps(asdict(self.settings)))
-        if facts.get("settings") != mine:
-            raise InputError(
-                f"{file} was trained with other settings ({facts.get('settings')}, now {mine}); "
-                "choose another folder or remove the file"
-            )
+        self.state_file.unlink(missing_ok=True)  # killed between writing the one and removing the other
 
     def _load_module(self, tensors: Mapping[str, Tensor], file: Path) -> None:
         try:
             self.module.load_state_dict(dict(tensors))
         except RuntimeError as error:
             raise InputError(f"{file} holds another network ({error}); remove the file") from error
-
-
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            facts = json.loads((opened.metadata() or {})["proteus_deploy"])
-            return {key: opened.get_tensor(key) for key in opened.keys()}, facts  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{file} can't be read ({error}); remove it to train anew") from error
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors refuses tensors that share memory (tied embeddings do): each gets its own copy."""
-    seen: set[int] = set()
-    result = {}
-    for key, value in tensors.items():
-        shared = value.data_ptr() in seen and value.numel() > 0
-        seen.add(value.data_ptr())
-        result[key] = value.clone() if shared else value
-    return result

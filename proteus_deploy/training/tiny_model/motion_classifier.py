@@ -1,0 +1,168 @@
+"""Which movement a clip shows: a small network on optical flow, trained on drawn clips.
+
+It judges videos of the tiny model, so it never sees one in training. Blurred copies of the clips make it
+rely on what moves and not on how sharp it is.
+
+Axes: N clips, F frames, a grid of G x G cells, S statistics of each cell.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional
+
+from proteus_deploy.reporting import Report, no_report
+from proteus_deploy.training.avatars import MOTIONS
+from proteus_deploy.training.tiny_model.fitting import FitSettings, fit
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["MotionClassifier", "drawn_motion_classifier", "motion_features", "train_motion_classifier"]
+
+_GRID = 12
+_STATISTICS = 7
+_SETTINGS = FitSettings(steps=1500, learning_rate=2e-3, warmup=50, weight_decay=0.05, ema=0.99)
+_BATCH = 128
+_BLUR = (0.0, 0.8, 1.4)  # pixels; each clip is seen at every one
+
+
+class MotionClassifier(nn.Module):
+    """Features [N, S, G, G] -> logits [N, classes], in the order of `MOTIONS`."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1, _STATISTICS, 1, 1))
+        self.register_buffer("deviation", torch.ones(1, _STATISTICS, 1, 1))
+        self.layers = nn.Sequential(
+            nn.Conv2d(_STATISTICS, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 48, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(48 * (_GRID // 2) ** 2, 96),
+            nn.ReLU(),
+            nn.Dropout(0.3),
+            nn.Linear(96, len(MOTIONS)),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.layers((features - self.mean) / self.deviation)
+        return logits
+
+    @torch.no_grad()
+    def classify(self, frames: NDArray[np.uint8]) -> str:
+        """The movement in frames, RGB uint8 [F, H, W, 3]."""
+        logits = self(torch.from_numpy(motion_features(frames))[None])
+        return list(MOTIONS)[int(logits.argmax())]
+
+
+def motion_features(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """float32 [S, G, G] of frames uint8 [F, H, W, 3]; lengths in frame widths, so that any size serves.
+
+    Of each cell, over the frames: mean and deviation of the flow to the right and down, largest and mean
+    length of the flow, mean change of grey.
+    """
+    import cv2
+    import numpy as np
+
+    from proteus_deploy.training.flow import DisFlow
+
+    side = frames.shape[2]
+    flow = DisFlow()(frames) / side
+    grey = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]).astype(np.float32) / 255
+    change = np.abs(np.diff(grey, axis=0))
+
+    def cells(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.stack([cv2.resize(one, (_GRID, _GRID), interpolation=cv2.INTER_AREA) for one in values])
+
+    across, down = cells(flow[..., 0]), cells(flow[..., 1])
+    length = cells(np.hypot(flow[..., 0], flow[..., 1]))
+    statistics = (
+        across.mean(axis=0),
+        down.mean(axis=0),
+        across.std(axis=0),
+        down.std(axis=0),
+        length.max(axis=0),
+        length.mean(axis=0),
+        cells(change).mean(axis=0),
+    )
+    # Square roots bring a blink and a walk to one scale.
+    stacked = np.stack(statistics)
+    rooted: NDArray[np.float32] = (np.sign(stacked) * np.sqrt(np.abs(stacked))).astype(np.float32)
+    return rooted
+
+
+def drawn_motion_classifier(
+    folder: Path, *, clips: int = 2400, report: Report = no_report
+) -> MotionClassifier:
+    """A classifier trained on that many drawn clips of training people; all of it is kept in `folder`."""
+    from proteus_deploy.training.avatars import training_seed
+    from proteus_deploy.training.tiny_model.descriptions import attribute_labels, describe_clip
+    from proteus_deploy.training.tiny_model.drawn_clips import draw_clips
+
+    frames, _ = draw_clips(folder / "clips", clips, report=report)
+    labels = [attribute_labels(describe_clip(training_seed(index), 0))["motion"] for index in range(clips)]
+    return train_motion_classifier(folder, frames, torch.tensor(labels), report=report)
+
+
+def train_motion_classifier(
+    folder: Path,
+    frames: NDArray[np.uint8],
+    labels: Tensor,
+    *,
+    settings: FitSettings = _SETTINGS,
+    report: Report = no_report,
+    cancel: Event | None = None,
+) -> MotionClassifier:
+    """Train in `folder` (see fitting.fit). frames: uint8 [N, F, H, W, 3]; labels: int64 [N] in MOTIONS."""
+    features, repeated = _features(folder, frames, report), labels.repeat(len(_BLUR))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        network = MotionClassifier()
+    network.mean.copy_(features.mean(dim=(0, 2, 3), keepdim=True))
+    network.deviation.copy_(features.std(dim=(0, 2, 3), keepdim=True))
+
+    def loss(_: int, generator: Generator) -> tuple[Tensor, dict[str, float]]:
+        chosen = torch.randint(len(features), (_BATCH,), generator=generator)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(1 << 31, (1,), generator=generator)))  # of the dropout
+            logits = network(features[chosen])
+        right = (logits.argmax(dim=1) == repeated[chosen]).float().mean()
+        return functional.cross_entropy(logits, repeated[chosen]), {"right": float(right)}
+
+    fit(network, loss, settings, folder=folder, name="motion_classifier", report=report, cancel=cancel)
+    return network
+
+
+def _features(folder: Path, frames: NDArray[np.uint8], report: Report) -> Tensor:
+    """[len(_BLUR) * N, S, G, G], computed once: all clips as they are, then blurred."""
+    import cv2
+    import numpy as np
+
+    from proteus_deploy._files import atomic_file
+
+    file = folder / f"motion-features-{len(frames)}.npy"
+    if not file.exists():
+        rows = []
+        for place, sigma in enumerate(_BLUR):
+            for index, clip in enumerate(frames):
+                seen = (
+                    clip if sigma == 0 else np.stack([cv2.GaussianBlur(one, (0, 0), sigma) for one in clip])
+                )
+                rows.append(motion_features(np.ascontiguousarray(seen)))
+                report("optical flow of clips", place * len(frames) + index + 1, len(_BLUR) * len(frames))
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(file) as new, new.open("wb") as stream:
+            np.save(stream, np.stack(rows))
+    return torch.from_numpy(np.load(file))
