@@ -6,7 +6,7 @@ Four transformers, smaller than the tiny model's, see the same clips in the same
 steps: one as it is, and one each without the part in question. Their videos of held-out people are measured
 as `tiny_model_quality` measures the tiny model's. TINY_RUN is the folder of `train --preset tiny`.
 
-    without MIF's text   MIF reads the empty identity prompt, in training and after
+    without MIF's text   MIF sees no identity prompt, in training and after
     without TAII's time  TAII is told timestep 0, in training and after
     without AML          every latent counts the same in the loss
 """
@@ -17,10 +17,10 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from proteus_deploy._files import atomic_directory, write_json
 from proteus_deploy.benchmarks import tiny_model_quality as quality
@@ -28,6 +28,11 @@ from proteus_deploy.benchmarks.machine import describe_commit, describe_machine,
 from proteus_deploy.training.avatars import HELD_OUT_SEEDS
 from proteus_deploy.training.settings import TrainSettings
 from proteus_deploy.training.tiny_model.configs import TRAINING, TRANSFORMER
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from proteus_deploy.pipeline import Pipeline
 
 _SMALLER = {"num_attention_heads": 4, "num_layers": 4}
 _BUDGET: dict[str, Any] = {"steps": 1500, "batch_size": 16, "warmup": 100, "ema": 0.995}
@@ -89,15 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         trained = run_training(base, clips, folder, replace(budget, **change), options=options, report=_say)
         videos = folder / "videos"
         videos.mkdir(exist_ok=True)
-        describe = change.get("fusion_text", True)
         with Pipeline.from_checkpoint(trained) as pipeline:
-            made = [
-                (
-                    case,
-                    quality.generate(pipeline, case, given.guidance_scale, videos, identity_prompt=describe),
-                )
-                for case in asked
-            ]
+            _ablate(pipeline, change)
+            made = [(case, quality.generate(pipeline, case, given.guidance_scale, videos)) for case in asked]
         figures = quality.measure(made, encoders, classifier)
         figures.pop("videos")
         rows.append({"variant": name, "change": change, "last_loss": _last_loss(folder), **figures})
@@ -118,6 +117,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     write_json(given.json, document)
     return 0
+
+
+class _Changed:
+    """A stage whose inputs are changed on the way in."""
+
+    def __init__(self, stage: Any, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+        self.stage, self.change = stage, change
+        self.inputs = stage.inputs
+
+    def __call__(self, **inputs: Tensor) -> Any:
+        return self.stage(**self.change(inputs))
+
+
+def _ablate(pipeline: Pipeline, change: Mapping[str, Any]) -> None:
+    """Serve a network as it was trained."""
+    stages: Any = pipeline.stages
+    if not change.get("fusion_text", True):
+        stages["identity_fusion"] = _Changed(
+            stages["identity_fusion"], lambda all_: {**all_, "identity_text": all_["identity_text"][:, :0]}
+        )
+    if not change.get("time_aware", True):
+        stages["identity_schedule"] = _Changed(
+            stages["identity_schedule"], lambda all_: {**all_, "timesteps": 0 * all_["timesteps"]}
+        )
 
 
 def _say(phase: str, done: int, total: int) -> None:

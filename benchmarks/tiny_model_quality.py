@@ -78,10 +78,8 @@ def _drawn(person: int, seed: int, motion: str) -> Clip:
     return make_clip(person, _FIRST_CLIP + seed, motion=motion)
 
 
-def generate(
-    pipeline: Pipeline, case: Case, guidance_scale: float, work: Path, *, identity_prompt: bool = True
-) -> NDArray[np.uint8]:
-    """Frames uint8 [F, H, W, 3] of the case, made or read. identity_prompt: give it, or the empty one."""
+def generate(pipeline: Pipeline, case: Case, guidance_scale: float, work: Path) -> NDArray[np.uint8]:
+    """Frames uint8 [F, H, W, 3] of the case, made or read."""
     import numpy as np
 
     from proteus_deploy.evaluate.frames import frames_from_video
@@ -92,7 +90,7 @@ def generate(
         video = pipeline.generate(
             GenerateRequest(
                 prompt=case.drawn.prompt,
-                identity_prompt=case.drawn.identity_prompt if identity_prompt else "",
+                identity_prompt=case.drawn.identity_prompt,
                 photo=make_photo(case.person, 0).image,
                 num_inference_steps=_STEPS,
                 guidance_scale=guidance_scale,
