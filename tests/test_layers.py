@@ -10,7 +10,7 @@ import pytest
 
 # From the bottom up. A module may import its own layer and those before it.
 LAYERS = (
-    ("errors", "_files", "reporting", "testing"),
+    ("errors", "_files", "reporting", "testing", "optical_flow"),
     ("kernels",),
     ("weights", "model", "stages"),
     (

@@ -143,7 +143,7 @@ def _measure_one(
     from proteus_deploy.evaluate.measure import measure_with_reasons
     from proteus_deploy.evaluate.measurements import VideoMeasurement
     from proteus_deploy.identity.photo import open_photo
-    from proteus_deploy.training.flow import DisFlow
+    from proteus_deploy.optical_flow import DisFlow
     from proteus_deploy.video import read_video
 
     video = read_video(case.video)

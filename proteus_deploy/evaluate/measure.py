@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from proteus_deploy.evaluate.face_similarity import SampledFaces
-    from proteus_deploy.evaluate.motion import FlowEstimator
+    from proteus_deploy.optical_flow import FlowEstimator
 
     Photo = str | Path | bytes | PIL.Image.Image | NDArray[np.generic]
     PersonMask = NDArray[np.bool_] | Callable[[NDArray[np.uint8]], NDArray[np.bool_]]
@@ -62,7 +62,7 @@ def measure_video(
 
     frames: RGB uint8 [F, H, W, 3]. photo: anything `open_photo` takes. reference: frames of the same shape.
     person_mask: bool [F, H, W], or a function of the frames that gives it. flow: an estimator such as
-    `training.flow.DisFlow()`. encoders: what `load_encoders` gives.
+    `optical_flow.DisFlow()`. encoders: what `load_encoders` gives.
     metrics: None for all that can be had; the rest is None. Names asked for explicitly come out or raise.
 
     Raises InputError for frames of another kind, for unknown names, and for a measure asked for by name that

@@ -10,7 +10,7 @@ Axes: F frames, H, W pixels.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,17 +20,11 @@ from proteus_deploy.evaluate.frames import check_frames
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["REFERENCE_HEIGHT", "FlowEstimator", "estimate_flow", "mean_motion"]
+    from proteus_deploy.optical_flow import FlowEstimator
+
+__all__ = ["REFERENCE_HEIGHT", "estimate_flow", "mean_motion"]
 
 REFERENCE_HEIGHT = 480
-
-
-class FlowEstimator(Protocol):
-    """Frames in, flow out."""
-
-    def __call__(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """RGB uint8 [F, H, W, 3] -> float32 [F-1, H, W, 2], pixels right and down, on pixels of frame k."""
-        ...
 
 
 def estimate_flow(frames: NDArray[np.uint8], flow: FlowEstimator) -> NDArray[np.float32]:

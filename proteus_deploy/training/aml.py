@@ -26,7 +26,7 @@ import torch
 from torch.nn import functional as F
 
 from proteus_deploy.errors import InputError
-from proteus_deploy.training.flow import (
+from proteus_deploy.optical_flow import (
     FlowEstimator,
     backward_flow,
     flow_magnitude,

@@ -7,9 +7,9 @@ import pytest
 
 from proteus_deploy.errors import InputError
 from proteus_deploy.evaluate.motion import estimate_flow, mean_motion
+from proteus_deploy.optical_flow import DisFlow
 from proteus_deploy.testing import Tolerance, assert_close
 from proteus_deploy.training.avatars import make_clip
-from proteus_deploy.training.flow import DisFlow
 
 EXACT = Tolerance(1e-6, "relative", "float32 flow, averaged in float64")
 

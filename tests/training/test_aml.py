@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from proteus_deploy.errors import InputError
+from proteus_deploy.optical_flow import DisFlow
 from proteus_deploy.testing import Tolerance, assert_close
 from proteus_deploy.training.aml import (
     aml_weights,
@@ -21,7 +22,6 @@ from proteus_deploy.training.aml import (
     pool_to_latents,
     published_heat,
 )
-from proteus_deploy.training.flow import DisFlow
 
 FLOAT32 = Tolerance(1e-6, "relative", "the same sums in another order, float32 against float64")
 EXACT = Tolerance(0.0, "absolute", "the same numbers")

@@ -20,13 +20,13 @@ import torch
 from torch import Generator, Tensor
 
 from proteus_deploy.errors import InputError, PhotoError
+from proteus_deploy.optical_flow import DisFlow, FlowEstimator, RaftFlow
 from proteus_deploy.runtime.backend import resolve_dtype
 from proteus_deploy.stage_table import VAE_SPATIAL
 from proteus_deploy.training.aml import AmlForm, clip_heat, pool_to_latents
 from proteus_deploy.training.data.clips import ClipSample
 from proteus_deploy.training.data.networks import EncodingNetworks
 from proteus_deploy.training.data.report import ClipRejected, Note, Reason
-from proteus_deploy.training.flow import DisFlow, FlowEstimator, RaftFlow
 from proteus_deploy.training.objectives import noise_condition_image
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from typing import Self
 
 from proteus_deploy._files import write_json
 from proteus_deploy.errors import Cancelled, ComputationError, InputError
+from proteus_deploy.optical_flow import FlowEstimator
 from proteus_deploy.reporting import Report, no_report
 from proteus_deploy.training.data.cache import (
     CLIP_SUFFIX,
@@ -36,7 +37,6 @@ from proteus_deploy.training.data.clips import ClipLoader, ClipSource
 from proteus_deploy.training.data.encoding import PrepareSettings, encode_clip, flow_estimator
 from proteus_deploy.training.data.networks import EncodingNetworks
 from proteus_deploy.training.data.report import ClipRejected, DataReport, Note, Reason, Rejection
-from proteus_deploy.training.flow import FlowEstimator
 from proteus_deploy.weights import read_json
 
 __all__ = ["prepare"]

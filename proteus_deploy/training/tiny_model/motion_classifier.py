@@ -76,7 +76,7 @@ def motion_features(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
     import cv2
     import numpy as np
 
-    from proteus_deploy.training.flow import DisFlow
+    from proteus_deploy.optical_flow import DisFlow
 
     side = frames.shape[2]
     flow = DisFlow()(frames) / side

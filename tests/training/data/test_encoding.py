@@ -11,6 +11,7 @@ from torch import Generator
 
 from proteus_deploy import GenerateRequest, Pipeline
 from proteus_deploy.identity.alignment import draw_keypoints
+from proteus_deploy.optical_flow import DisFlow
 from proteus_deploy.training.aml import clip_heat, pool_to_latents
 from proteus_deploy.training.data.avatar_clips import AvatarClips
 from proteus_deploy.training.data.clips import ClipSample
@@ -21,7 +22,6 @@ from proteus_deploy.training.data.encoding import (
 )
 from proteus_deploy.training.data.networks import EncodingNetworks
 from proteus_deploy.training.data.report import ClipRejected, Note, Reason
-from proteus_deploy.training.flow import DisFlow
 
 EXACT = PrepareSettings(storage="float32", noise_variants=2)
 

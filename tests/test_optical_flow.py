@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from proteus_deploy.errors import BackendError, CheckpointError, InputError
+from proteus_deploy.optical_flow import DisFlow, RaftFlow, backward_flow, flow_magnitude
 from proteus_deploy.testing import Tolerance, assert_close
-from proteus_deploy.training.flow import DisFlow, RaftFlow, backward_flow, flow_magnitude
 
 EXACT = Tolerance(0.0, "absolute", "the same numbers, moved")
 
