@@ -10,7 +10,7 @@ import pytest
 
 # From the bottom up. A module may import its own layer and those before it.
 LAYERS = (
-    ("errors", "_files", "reporting", "testing", "optical_flow"),
+    ("errors", "_files", "reporting", "testing"),
     ("kernels",),
     ("weights", "model", "stages"),
     (
@@ -21,6 +21,7 @@ LAYERS = (
         "network_factory",
         "tiny",
         "pickle_conversion",
+        "optical_flow",
     ),
     ("bundle",),
     ("runtime",),
