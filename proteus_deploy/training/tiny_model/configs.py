@@ -9,11 +9,11 @@ from proteus_deploy.training.settings import TrainSettings
 
 __all__ = ["TRAINING", "TRANSFORMER", "VAE"]
 
-TEXT_TOKENS = 48
+TEXT_TOKENS = 48  # 16 fused ones and 32 of the prompt; avatars' longest has 32
 TEXT_WIDTH = 128
 FACE_DIM, POOLED_DIM = 64, 64
 TOWER_WIDTH = 96
-QUERIES = 12
+QUERIES = 16  # identity prompts are cut to as many tokens; avatars' longest has 15
 
 VAE: dict[str, Any] = {
     **untrained.VAE,
@@ -63,6 +63,7 @@ TRANSFORMER: dict[str, Any] = {
 TRAINING = TrainSettings(
     steps=5000,
     batch_size=16,
+    optimiser="muon",
     learning_rate=1e-3,
     warmup=200,
     betas=(0.9, 0.99),

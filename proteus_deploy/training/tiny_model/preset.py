@@ -146,7 +146,7 @@ class _Parts:
             for name in ("tokenizer", "text_encoder", "face_encoder"):
                 shutil.copytree(encoders / name, new / name)
             pack = new / "face_encoder" / PACK_FOLDER
-            pack.mkdir(parents=True)
+            pack.mkdir(parents=True, exist_ok=True)
             for name in (DETECTOR_NAME, TINY_RECOGNISERS[0].name):
                 shutil.copyfile(faces / name, pack / name)
         return base
@@ -158,8 +158,9 @@ class _Parts:
         from proteus_deploy.training.tiny_model.perceptual import train_perceptual_network
         from proteus_deploy.training.tiny_model.recognisers import TINY_RECOGNISERS
 
-        train_clip(encoders, **self.arguments)
-        train_perceptual_network(encoders, **self.arguments)
+        clips = self.work / "clips"
+        train_clip(encoders, clips=clips, **self.arguments)
+        train_perceptual_network(encoders, clips=clips, **self.arguments)
         measures = self.folder / "encoders"
         if measures.is_dir():
             return measures

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["CLIP_SETTINGS", "PICTURE_SETTINGS", "FrameBatches", "latent_scale", "train_vae", "vae_loss"]
 
 PICTURE_SETTINGS = FitSettings(steps=9000, learning_rate=1e-3, warmup=100, ema=0.995)
-CLIP_SETTINGS = FitSettings(steps=1800, learning_rate=7e-4, warmup=50, ema=0.99, seed=1)
+CLIP_SETTINGS = FitSettings(steps=3000, learning_rate=7e-4, warmup=50, ema=0.99, seed=1)
 _KL_WEIGHT = 5e-4
 _FACE_WEIGHT = 3.0
 _EDGE_WEIGHT = 0.5
@@ -45,7 +45,7 @@ _FACE_PART = 3
 # longer clips that pass through the causal cache, and pictures, all of which the autoencoder meets when it
 # serves.
 _PICTURE_TURNS = ((4, 1, 96),)
-_CLIP_TURNS = ((4, 9, 48), (1, 9, 96), (4, 9, 48), (1, 17, 64), (4, 9, 48), (6, 1, 96))
+_CLIP_TURNS = ((2, 9, 64), (1, 9, 96), (4, 9, 48), (1, 17, 64), (2, 9, 64), (4, 1, 96))
 
 
 class FrameBatches:
