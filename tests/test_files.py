@@ -132,8 +132,11 @@ def _one_whole_folder(folder: Path) -> int:
 def test_replaced_directory_is_there_at_any_moment(tmp_path: Path) -> None:
     """Also while it is being replaced, and whenever the writer is killed."""
     command = [sys.executable, "-c", REPLACER, str(tmp_path), "lives"]
-    rounds = set()
-    for _ in range(4):
+    rounds: set[int] = set()
+    # On a busy machine the writer may get nowhere in its time, so it gets more turns.
+    for attempt in range(40):
+        if attempt >= 4 and len(rounds) > 1:
+            break
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
             assert child.stdout is not None
             assert child.stdout.readline() == "ready\n"

@@ -11,7 +11,7 @@ from proteus_deploy.checkpoint import Checkpoint
 from proteus_deploy.errors import Cancelled
 from proteus_deploy.identity.faces import PACK_FOLDER
 from proteus_deploy.model.config import read_transformer_config
-from proteus_deploy.training.tiny_model import preset
+from proteus_deploy.reporting import no_report
 from proteus_deploy.training.tiny_model.configs import QUERIES, TEXT_TOKENS, TRANSFORMER
 from proteus_deploy.training.tiny_model.preset import _Parts, train_tiny_model
 
@@ -42,7 +42,7 @@ def test_the_transformer_config_is_one_that_loads_and_fits_its_text() -> None:
 def test_assembled_base_has_every_file_and_is_made_once(
     parts_of_a_checkpoint: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
-    parts = _Parts(tmp_path / "run", preset.no_report, None)
+    parts = _Parts(tmp_path / "run", no_report, None)
     base = parts.assemble(*parts_of_a_checkpoint)
     files = {str(file.relative_to(base)) for file in base.rglob("*") if file.is_file()}
     for expected in (
