@@ -10,7 +10,7 @@
         timing.json   seconds and processor seconds of each part
 
 Each part is skipped when it is done and goes on where it stopped when it isn't, so the same command is given
-again after an interruption.
+again after an interruption. With base/ and encoders/ there, work/ is no longer needed.
 """
 
 from __future__ import annotations
@@ -47,11 +47,13 @@ def train_tiny_model(folder: Path, *, report: Report = no_report, cancel: Event 
     if checkpoint.is_dir():
         report("tiny model", 1, 1)
         return checkpoint
-    faces = parts("faces", parts.train_faces)
-    words = parts("text and image tower", parts.train_encoders)
-    vae = parts("VAE", parts.train_vae)
-    base = parts("base checkpoint", lambda: parts.assemble(faces, words, vae))
-    parts("measures", lambda: parts.train_measures(faces, words))
+    base = folder / "base"
+    if not (base.is_dir() and (folder / "encoders").is_dir()):
+        faces = parts("faces", parts.train_faces)
+        words = parts("text and image tower", parts.train_encoders)
+        vae = parts("VAE", parts.train_vae)
+        parts("measures", lambda: parts.train_measures(faces, words))
+        parts("base checkpoint", lambda: parts.assemble(faces, words, vae))
     clips = parts("encoded clips", lambda: parts.encode(base))
     trained = parts("transformer", lambda: parts.train_transformer(base, clips))
     with atomic_directory(checkpoint) as new:

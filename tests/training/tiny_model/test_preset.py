@@ -99,7 +99,7 @@ def test_interrupted_it_goes_on_and_adds_up_the_time(
     order.interrupted_at = "encode"
     with pytest.raises(Cancelled):
         train_tiny_model(tmp_path)
-    assert order.ran == ["train_faces", "train_encoders", "train_vae", "assemble", "train_measures"]
+    assert order.ran == ["train_faces", "train_encoders", "train_vae", "train_measures", "assemble"]
     assert not (tmp_path / "checkpoint").exists()
     first = json.loads((tmp_path / "timing.json").read_text())
 
@@ -114,3 +114,13 @@ def test_interrupted_it_goes_on_and_adds_up_the_time(
     before = list(order.ran)
     assert train_tiny_model(tmp_path) == made
     assert order.ran == before, "a finished model is not made again"
+
+
+def test_with_base_and_encoders_only_the_transformer_is_left(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = _Order(monkeypatch, tiny_checkpoint)
+    for name in ("base", "encoders"):
+        (tmp_path / name).mkdir()
+    train_tiny_model(tmp_path)
+    assert order.ran == ["encode", "train_transformer"]
