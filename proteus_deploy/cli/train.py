@@ -143,16 +143,29 @@ def _train(arguments: argparse.Namespace, report: Report, cancel: Event) -> int:
 def _preset(arguments: argparse.Namespace, report: Report, cancel: Event) -> int:
     from proteus_deploy.training.tiny_model.preset import train_tiny_model
 
-    if arguments.checkpoint is not None or arguments.data is not None or arguments.settings is not None:
-        raise InputError(
-            "--preset makes its own checkpoint and data; leave CHECKPOINT, --data, --settings out"
-        )
+    if arguments.checkpoint is not None:
+        raise InputError("--preset makes its own checkpoint; leave CHECKPOINT out")
+    if given := _flags_beside_preset(arguments):
+        raise InputError(f"--preset is a whole recipe of its own; leave {', '.join(given)} out")
     folder = train_tiny_model(arguments.output_dir, report=report, cancel=cancel)
     if arguments.json:
         print_json({"checkpoint": str(folder)})
     else:
         print(folder)
     return 0
+
+
+def _flags_beside_preset(arguments: argparse.Namespace) -> list[str]:
+    """Flags that were given and that a preset would not heed."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_arguments(parser)
+    heeded = ("checkpoint", "preset", "output_dir", "json")
+    unset = vars(parser.parse_args(["--output-dir", "."]))
+    return [
+        f"--{name.replace('_', '-')}"
+        for name, value in unset.items()
+        if name not in heeded and getattr(arguments, name) != value
+    ]
 
 
 def _settings_file(arguments: argparse.Namespace) -> Mapping[str, Any]:

@@ -15,14 +15,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from proteus_deploy.errors import BackendError, CheckpointError, InputError, PhotoError
+from proteus_deploy.errors import CheckpointError, InputError, PhotoError
 from proteus_deploy.evaluate.frames import SAMPLES, check_frames, face_samples
 from proteus_deploy.identity._packages import import_face_package
 from proteus_deploy.identity.alignment import similarity_between
+from proteus_deploy.identity.faces import RECOGNISER_TEMPLATE, load_pack
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,16 +42,11 @@ __all__ = [
 
 CROP_SIDE = 224
 _DETECTOR_SIZE = (320, 320)
-_SCORE_THRESHOLD = 0.5
 _PADDING = 0.25
 _PADDING_GREY = (128, 128, 128)
 _CPU = ("CPUExecutionProvider",)
 _BACKBONE_SIDE = 112
 _BACKBONE_BATCH = 16
-# Where eyes, nose and mouth corners lie in the recogniser's 112 x 112 input.
-_TEMPLATE = np.array(
-    [(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041)]
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,41 +93,13 @@ class FacePack:
     """
 
     def __init__(self, folder: str | Path, *, providers: Sequence[str] = _CPU) -> None:
-        folder = Path(folder)
-        # insightface downloads a pack it can't find, so the folder is looked at first.
-        if not folder.is_dir() or not any(folder.glob("*.onnx")):
-            raise CheckpointError(
-                f"{folder} holds no *.onnx files; copy the insightface pack buffalo_l (its detector "
-                "det_10g.onnx and its recogniser w600k_r50.onnx) there"
-            )
-        # onnxruntime replaces a provider it lacks by the CPU with a mere warning; here that is an error.
-        available = import_face_package("onnxruntime").get_available_providers()
-        absent = [name for name in providers if name not in available]
-        if absent or not providers:
-            raise BackendError(
-                f"onnxruntime has no provider {', '.join(absent) or '(none was named)'}; "
-                f"available here: {', '.join(available)}"
-            )
-        analysis = import_face_package("insightface.app")
-        try:
-            models = analysis.FaceAnalysis(
-                name=str(folder.resolve()),
-                allowed_modules=["detection", "recognition"],
-                providers=list(providers),
-            )
-        except Exception as error:  # onnxruntime and the pack reader raise types of their own
-            raise CheckpointError(
-                f"{folder} can't be loaded as a face pack ({type(error).__name__}: {error}); copy it again"
-            ) from error
-        # 0 keeps the providers asked for; a negative number would replace them.
-        models.prepare(ctx_id=0, det_thresh=_SCORE_THRESHOLD, det_size=_DETECTOR_SIZE)
-        self._detector: Any = models.models.get("detection")
-        self._recogniser: Any = models.models.get("recognition")
-        if self._recogniser is None or not getattr(self._detector, "use_kps", False):
-            raise CheckpointError(
-                f"{folder} has no recogniser, or its detector gives no landmarks (found: "
-                f"{', '.join(sorted(file.name for file in folder.glob('*.onnx')))}); both are needed"
-            )
+        self._detector, self._recogniser = load_pack(
+            Path(folder),
+            detector_size=_DETECTOR_SIZE,
+            providers=providers,
+            expected="the insightface pack buffalo_l (a detector such as det_10g.onnx and a recogniser such "
+            "as w600k_r50.onnx)",
+        )
 
     def read(self, image: NDArray[np.uint8]) -> MeasuredFace | None:
         """The largest face of an RGB uint8 image [H, W, 3], or None when there is none even with a border.
@@ -234,7 +202,7 @@ def face_similarity(photo: NDArray[np.float32], faces: NDArray[np.float32], *, c
 
 def _crop(image: NDArray[np.uint8], landmarks: NDArray[np.float64], side: int) -> NDArray[np.uint8]:
     """The face turned and scaled onto the recogniser's template, uint8 [side, side, 3], black outside."""
-    warp = similarity_between(landmarks, _TEMPLATE * (side / _BACKBONE_SIDE))
+    warp = similarity_between(landmarks, np.asarray(RECOGNISER_TEMPLATE) * (side / _BACKBONE_SIDE))
     warped = import_face_package("cv2").warpAffine(image, warp, (side, side), borderValue=0.0)
     return np.asarray(warped, dtype=np.uint8)
 

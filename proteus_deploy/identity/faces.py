@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["MIN_FACE_PIXELS", "PACK_FOLDER", "Face", "FaceDetector", "choose_face"]
+__all__ = [
+    "MIN_FACE_PIXELS",
+    "PACK_FOLDER",
+    "RECOGNISER_TEMPLATE",
+    "Face",
+    "FaceDetector",
+    "choose_face",
+    "load_pack",
+]
 
 PACK_FOLDER = Path("models") / "antelopev2"
 # Below this the recogniser's 112-pixel crop is mostly invented by interpolation.
@@ -29,7 +37,7 @@ _DETECTOR_SIZE = (640, 640)
 _SCORE_THRESHOLD = 0.5
 _CPU = ("CPUExecutionProvider",)
 # Where eyes, nose and mouth corners lie in the recogniser's 112 x 112 input.
-_RECOGNISER_TEMPLATE = (
+RECOGNISER_TEMPLATE = (
     (38.2946, 51.6963),
     (73.5318, 51.5014),
     (56.0252, 71.7366),
@@ -93,6 +101,42 @@ def choose_face(faces: Sequence[Face], index: int | None = None) -> Face:
     return face
 
 
+def load_pack(
+    folder: Path, *, detector_size: tuple[int, int], providers: Sequence[str], expected: str
+) -> tuple[Any, Any]:
+    """insightface's detector and recogniser out of the *.onnx files in `folder`.
+
+    detector_size: of the detector's input where its file leaves that open. expected: what should be there,
+    for the messages. Raises as `FaceDetector` does. Nothing is ever downloaded.
+    """
+    # insightface downloads a pack it can't find, so the folder is looked at first.
+    if not folder.is_dir() or not any(folder.glob("*.onnx")):
+        raise CheckpointError(f"{folder} holds no *.onnx files; expected {expected}. Copy it there")
+    _check_providers(providers)
+    analysis = import_face_package("insightface.app")
+    try:
+        models = analysis.FaceAnalysis(
+            name=str(folder.resolve()),
+            allowed_modules=["detection", "recognition"],
+            providers=list(providers),
+        )
+    except Exception as error:  # onnxruntime and the pack reader raise types of their own
+        raise CheckpointError(
+            f"{folder} can't be loaded as a face pack ({type(error).__name__}: {error}); "
+            f"copy {expected} again"
+        ) from error
+    # 0 keeps the providers asked for; a negative number would replace them.
+    models.prepare(ctx_id=0, det_thresh=_SCORE_THRESHOLD, det_size=detector_size)
+    detector, recogniser = models.models.get("detection"), models.models.get("recognition")
+    if recogniser is None or not getattr(detector, "use_kps", False):
+        raise CheckpointError(
+            f"{folder} has no recogniser, or its detector gives no landmarks (found: "
+            f"{', '.join(sorted(file.name for file in folder.glob('*.onnx')))}); both are needed: "
+            "a detector with 9 outputs and a recogniser with a square input and one output"
+        )
+    return detector, recogniser
+
+
 class FaceDetector:
     """The detector and the recogniser in `face_encoder/models/antelopev2/*.onnx`.
 
@@ -105,35 +149,13 @@ class FaceDetector:
 
     def __init__(self, face_encoder: str | Path, *, providers: Sequence[str] = _CPU) -> None:
         folder = Path(face_encoder) / PACK_FOLDER
-        # insightface downloads a pack it can't find, so the folder is looked at first.
-        if not folder.is_dir() or not any(folder.glob("*.onnx")):
-            raise CheckpointError(
-                f"{folder} holds no *.onnx files; expected the antelopev2 pack of the checkpoint (a detector "
-                "such as scrfd_10g_bnkps.onnx and a recogniser such as glintr100.onnx). Copy it there"
-            )
-        _check_providers(providers)
-        analysis = import_face_package("insightface.app")
-        try:
-            models = analysis.FaceAnalysis(
-                name=str(folder.resolve()),
-                allowed_modules=["detection", "recognition"],
-                providers=list(providers),
-            )
-        except Exception as error:  # onnxruntime and the pack reader raise types of their own
-            raise CheckpointError(
-                f"{folder} can't be loaded as a face pack ({type(error).__name__}: {error}); "
-                "copy the antelopev2 pack of the checkpoint again"
-            ) from error
-        # 0 keeps the providers asked for; a negative number would replace them.
-        models.prepare(ctx_id=0, det_thresh=_SCORE_THRESHOLD, det_size=_DETECTOR_SIZE)
-        self._detector: Any = models.models.get("detection")
-        self._recogniser: Any = models.models.get("recognition")
-        if self._recogniser is None or not getattr(self._detector, "use_kps", False):
-            raise CheckpointError(
-                f"{folder} has no recogniser, or its detector gives no landmarks (found: "
-                f"{', '.join(sorted(file.name for file in folder.glob('*.onnx')))}); both are needed: "
-                "a detector with 9 outputs and a recogniser with a square input and one output"
-            )
+        self._detector, self._recogniser = load_pack(
+            folder,
+            detector_size=_DETECTOR_SIZE,
+            providers=providers,
+            expected="the antelopev2 pack of the checkpoint (a detector such as scrfd_10g_bnkps.onnx and a "
+            "recogniser such as glintr100.onnx)",
+        )
         self._side = int(self._recogniser.input_size[0])
         if self._side % _RECOGNISER_SIDE:
             raise CheckpointError(
@@ -171,7 +193,7 @@ class FaceDetector:
         import numpy as np
 
         cv2 = import_face_package("cv2")
-        template = np.asarray(_RECOGNISER_TEMPLATE) * (self._side / _RECOGNISER_SIDE)
+        template = np.asarray(RECOGNISER_TEMPLATE) * (self._side / _RECOGNISER_SIDE)
         warp = similarity_between(face.landmarks, template)
         crop = cv2.warpAffine(_bgr(image), warp, (self._side, self._side), borderValue=0.0)
         vector = np.asarray(self._recogniser.get_feat(crop), dtype=np.float32).reshape(-1)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 from proteus_deploy._files import atomic_file, write_json
 
-__all__ = ["EXTRA_IDS", "PIECES", "sentences", "write_tokenizer"]
+__all__ = ["EXTRA_IDS", "PIECES", "sentences", "train_tokenizer", "write_tokenizer"]
 
 PIECES = 192
 EXTRA_IDS = 100  # T5's sentinels <extra_id_0> …; the text encoder's table has to have room for them
@@ -54,16 +55,27 @@ def write_tokenizer(folder: Path, *, max_length: int) -> Path:
 
     max_length: tokens of a prompt that the transformer takes.
     """
+    return train_tokenizer(folder, sentences(), pieces=PIECES, max_length=max_length)
+
+
+def train_tokenizer(
+    folder: Path, text: Sequence[str], *, pieces: int, max_length: int, split_scripts: bool = True
+) -> Path:
+    """Train a T5 tokenizer of `pieces` pieces on lines of text and write it into `folder`.
+
+    split_scripts: whether letters, digits and signs never share a piece.
+    """
     import sentencepiece
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences()),
+        sentence_iterator=iter(text),
         model_writer=model,
         model_type="unigram",
-        vocab_size=PIECES,
+        vocab_size=pieces,
         character_coverage=1.0,
         required_chars=_REQUIRED,
+        split_by_unicode_script=split_scripts,
         normalization_rule_name="nmt_nfkc",
         # T5's numbers for the special pieces; it has no beginning of sentence.
         pad_id=0,

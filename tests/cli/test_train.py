@@ -196,7 +196,9 @@ def test_wrong_input(
     [
         ([], "give a CHECKPOINT and --data, or --preset tiny"),
         (["CHECKPOINT"], "give a CHECKPOINT and --data, or --preset tiny"),
-        (["--preset", "tiny", "--data", "x"], "--preset makes its own checkpoint and data"),
+        (["--preset", "tiny", "--data", "x"], "leave --data out"),
+        (["--preset", "tiny", "--steps", "9", "--dtype", "fp32"], "leave --steps, --dtype out"),
+        (["CHECKPOINT", "--preset", "tiny"], "leave CHECKPOINT out"),
         (["absent", "--data", "x"], "absent is not a folder"),
     ],
 )

@@ -202,7 +202,9 @@ def test_a_face_that_fills_the_photo_needs_the_border(pack: FacePack) -> None:
 
 
 def test_half_packs_and_absent_providers_are_refused(tmp_path: Path, pack_folder: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"holds no \*.onnx files; copy the insightface pack buffalo_l"):
+    with pytest.raises(
+        CheckpointError, match=r"holds no \*.onnx files; expected the insightface pack buffalo_l"
+    ):
         FacePack(tmp_path / "nowhere")
     (tmp_path / "pack").mkdir()
     detector = pack_folder / "scrfd_tiny.onnx"

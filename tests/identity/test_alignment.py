@@ -89,9 +89,9 @@ def test_the_recogniser_fit_is_that_of_insightface() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             expected = estimate_norm(landmarks, 112)
-        from proteus_deploy.identity.faces import _RECOGNISER_TEMPLATE
+        from proteus_deploy.identity.faces import RECOGNISER_TEMPLATE
 
-        assert np.abs(similarity_between(landmarks, _RECOGNISER_TEMPLATE) - expected).max() < 1e-4
+        assert np.abs(similarity_between(landmarks, RECOGNISER_TEMPLATE) - expected).max() < 1e-4
 
 
 def test_keypoint_drawing() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from proteus_deploy.identity._packages import import_face_package
 from proteus_deploy.identity.alignment import similarity_between
+from proteus_deploy.identity.faces import RECOGNISER_TEMPLATE
 from proteus_deploy.training.tiny_model.face_damage import damaged
 
 if TYPE_CHECKING:
@@ -17,17 +18,9 @@ if TYPE_CHECKING:
 
     from proteus_deploy.training.tiny_model.drawn_people import DrawnPeople
 
-__all__ = ["CROP_SIDE", "CROP_TEMPLATE", "crop_batch", "crops_as_input", "draw_crop"]
+__all__ = ["CROP_SIDE", "crop_batch", "crops_as_input", "draw_crop"]
 
 CROP_SIDE = 112
-# Where eyes, nose and mouth corners lie in the crop of ArcFace and its kin.
-CROP_TEMPLATE = (
-    (38.2946, 51.6963),
-    (73.5318, 51.5014),
-    (56.0252, 71.7366),
-    (41.5493, 92.3655),
-    (70.7299, 92.2041),
-)
 # How far a detector's landmarks are off, and the whole face with them; in pixels of the crop.
 _POINT_ERROR, _SHIFT = 1.0, 1.5
 _GROWTH, _TURN = 0.04, 0.04
@@ -45,7 +38,7 @@ def draw_crop(
     import numpy as np
 
     cv2 = import_face_package("cv2")
-    exact = similarity_between(landmarks, CROP_TEMPLATE)
+    exact = similarity_between(landmarks, RECOGNISER_TEMPLATE)
     # One pixel of the crop, in pixels of the image.
     pixel = 1 / float(np.hypot(exact[0, 0], exact[1, 0]))
     points = landmarks + draw.normal(0, _POINT_ERROR * pixel, (5, 2)) + draw.normal(0, _SHIFT * pixel, 2)
@@ -53,7 +46,7 @@ def draw_crop(
     middle = points.mean(axis=0)
     away = (points - middle) * grown
     points = middle + away + turned * away[:, ::-1] * [-1, 1]
-    warp = similarity_between(points, CROP_TEMPLATE)
+    warp = similarity_between(points, RECOGNISER_TEMPLATE)
     crop = cv2.warpAffine(image, warp, (CROP_SIDE, CROP_SIDE), borderValue=0.0)
     # A pixel of a 96-pixel frame is about 2.4 pixels of the crop.
     return damaged(np.asarray(crop, dtype=np.uint8), draw, strength=2.4, light=_LIGHT)

@@ -40,7 +40,7 @@ _WORKERS = 2
 def train_tiny_model(folder: Path, *, report: Report = no_report, cancel: Event | None = None) -> Path:
     """Make the tiny model in `folder`; return the folder of its checkpoint, in the published layout.
 
-    Takes about two hours on two cores. Raises Cancelled once `cancel` is set: the same call goes on.
+    Everything runs on the CPU. Raises Cancelled once `cancel` is set: the same call goes on.
     """
     parts = _Parts(folder, report, cancel)
     checkpoint = folder / "checkpoint"

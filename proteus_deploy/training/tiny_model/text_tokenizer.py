@@ -6,12 +6,9 @@ smaller ones.
 
 from __future__ import annotations
 
-import io
-import string
 from pathlib import Path
 
-from proteus_deploy._files import atomic_file, write_json
-from proteus_deploy.tiny.tokenizer import EXTRA_IDS, sentences
+from proteus_deploy.tiny.tokenizer import EXTRA_IDS, sentences, train_tokenizer
 from proteus_deploy.training.tiny_model.descriptions import prompts
 
 __all__ = ["MAX_LENGTH", "PIECES", "TABLE_ROWS", "TOKENIZER_FOLDER", "training_text", "write_text_tokenizer"]
@@ -22,7 +19,6 @@ PIECES = 348
 TABLE_ROWS = 448
 MAX_LENGTH = 48
 
-_REQUIRED = string.ascii_letters + string.digits + ".,;:!?'\"()-"
 _PEOPLE = 1500
 # Words that people write in prompts and that neither avatars nor the sentences have.
 _FURTHER_WORDS = """
@@ -49,39 +45,11 @@ def training_text() -> list[str]:
 
 def write_text_tokenizer(folder: Path) -> Path:
     """Write `folder/tokenizer/`, spiece.model and tokenizer_config.json; the same bytes every time."""
-    import sentencepiece
-
     assert PIECES + EXTRA_IDS <= TABLE_ROWS
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(training_text()),
-        model_writer=model,
-        model_type="unigram",
-        vocab_size=PIECES,
-        character_coverage=1.0,
-        required_chars=_REQUIRED,
-        split_by_unicode_script=False,
-        normalization_rule_name="nmt_nfkc",
-        # T5's numbers for the special pieces; it has no beginning of sentence.
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        num_threads=1,  # several threads add up counts in an order that changes
-        minloglevel=2,
+    return train_tokenizer(
+        folder / TOKENIZER_FOLDER,
+        training_text(),
+        pieces=PIECES,
+        max_length=MAX_LENGTH,
+        split_scripts=False,
     )
-    target = folder / TOKENIZER_FOLDER
-    with atomic_file(target / "spiece.model") as temporary:
-        temporary.write_bytes(model.getvalue())
-    document = {
-        "tokenizer_class": "T5Tokenizer",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "pad_token": "<pad>",
-        "extra_ids": EXTRA_IDS,
-        "additional_special_tokens": [f"<extra_id_{index}>" for index in range(EXTRA_IDS)],
-        "model_max_length": MAX_LENGTH,
-        "legacy": True,
-    }
-    write_json(target / "tokenizer_config.json", document)
-    return target

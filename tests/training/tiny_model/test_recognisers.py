@@ -15,10 +15,10 @@ from torch import Tensor
 
 from proteus_deploy.errors import InputError
 from proteus_deploy.evaluate.ir_backbone import load_ir_backbone
+from proteus_deploy.identity.faces import RECOGNISER_TEMPLATE
 from proteus_deploy.testing import Tolerance, assert_close
 from proteus_deploy.training.tiny_model.drawn_people import DrawnPeople, draw_people
 from proteus_deploy.training.tiny_model.face_crops import (
-    CROP_TEMPLATE,
     crop_batch,
     crops_as_input,
     draw_crop,
@@ -136,8 +136,8 @@ def test_crops_put_landmarks_on_the_template() -> None:
             rows, columns = np.mgrid[:112, :112]
             seen[point] += np.array([(light * columns).sum(), (light * rows).sum()]) / light.sum() / rounds
     # The dots are no exact similarity of the template, and each crop is a little off on purpose.
-    assert np.abs(seen - CROP_TEMPLATE).max() < 4
-    assert np.abs((seen - CROP_TEMPLATE).mean(axis=0)).max() < 1
+    assert np.abs(seen - RECOGNISER_TEMPLATE).max() < 4
+    assert np.abs((seen - RECOGNISER_TEMPLATE).mean(axis=0)).max() < 1
 
 
 def test_a_batch_holds_two_pictures_of_each_person(people: DrawnPeople) -> None:
