@@ -175,7 +175,7 @@ def read_run_file(file: Path) -> Mapping[str, Any]:
     try:
         with file.open("rb") as stream:
             document = tomllib.load(stream)
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # bytes that are no UTF-8 come as a ValueError of their own
         raise InputError(f"{file} can't be read as TOML ({error})") from error
     unknown = sorted(set(document) - {"train", "video", "prepare"})
     if unknown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,3 +78,12 @@ def test_reading() -> None:
 def test_documents_that_do_not_fit(document: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_settings(document, TrainSettings(), "run.toml")
+
+
+def test_a_run_file_that_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
+    from proteus_deploy.training.run import read_run_file
+
+    file = tmp_path / "run.toml"
+    file.write_bytes(b"\xae\x00[train]")
+    with pytest.raises(InputError, match=r"run\.toml can't be read as TOML"):
+        read_run_file(file)
