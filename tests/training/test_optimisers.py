@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from proteus_deploy.training.optimisers import make_optimiser
+from proteus_deploy.training.optimisers import MuonAndAdamW, make_optimiser
 from proteus_deploy.training.settings import TrainSettings
 from proteus_deploy.training.state import Averages, pack, unpack
 
@@ -92,3 +92,28 @@ def test_going_on_gives_the_same_bits() -> None:
     take_steps(second, optimiser, 3)
     for one, other in zip(whole.parameters(), second.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_convolution_is_a_matrix_to_muon() -> None:
+    torch.manual_seed(0)
+    convolution = nn.Parameter(torch.randn(8, 2, 3, 3))
+    matrix = nn.Parameter(convolution.detach().flatten(1).clone())
+    optimisers = []
+    for weight in (convolution, matrix):
+        bias = nn.Parameter(torch.zeros(8))
+        adamw = torch.optim.AdamW([bias])
+        optimisers.append(MuonAndAdamW([weight], adamw, learning_rate=1e-2, weight_decay=0.1))
+    for step in range(3):
+        gradient = torch.randn(8, 18, generator=torch.Generator().manual_seed(step))
+        for weight, optimiser in zip((convolution, matrix), optimisers, strict=True):
+            optimiser.zero_grad()
+            assert weight.grad is None
+            weight.grad = gradient.view_as(weight).clone()
+            optimiser.step()
+    assert torch.equal(convolution.flatten(1), matrix)
+    momentum = [
+        optimiser.state[weight]["momentum_buffer"]
+        for weight, optimiser in zip((convolution, matrix), optimisers, strict=True)
+    ]
+    assert momentum[0].shape == convolution.shape
+    assert torch.equal(momentum[0].flatten(1), momentum[1])

@@ -124,39 +124,43 @@ class _Clock:
         return np.array([value(t) for t in self.times])
 
 
+# Rates and distances are those of unhurried people: at eight frames a second, and four of them in one latent
+# of the autoencoder, a movement needs about a second to be seen.
+
+
 def _nod(poses: Poses, clock: _Clock, amplitude: float, _side: int) -> None:
-    swing = amplitude * clock.wave(0.9)
+    swing = amplitude * clock.wave(0.6)
     poses.pitch[:] += 0.34 * swing
     poses.head_y[:] += 0.12 * swing
 
 
 def _shake(poses: Poses, clock: _Clock, amplitude: float, side: int) -> None:
-    swing = side * amplitude * clock.wave(0.9)
+    swing = side * amplitude * clock.wave(0.6)
     poses.yaw[:] += 0.46 * swing
     poses.head_x[:] += 0.06 * swing
 
 
 def _blink(poses: Poses, clock: _Clock, amplitude: float, _side: int) -> None:
     # Closed for about a quarter of each period, as sharply as eight frames a second can show.
-    poses.lid[:] += (amplitude * (2.2 * clock.wave(0.9) - 0.7)).clip(0, 1)
+    poses.lid[:] += (amplitude * (2.2 * clock.wave(0.65) - 0.7)).clip(0, 1)
 
 
 def _talk(poses: Poses, clock: _Clock, amplitude: float, _side: int) -> None:
-    syllables = 0.5 + 0.5 * clock.wave(1.9)
-    stress = 0.7 + 0.3 * clock.wave(0.6, 0.2)
+    syllables = 0.5 + 0.5 * clock.wave(1.1)
+    stress = 0.7 + 0.3 * clock.wave(0.4, 0.2)
     poses.mouth[:] += amplitude * syllables * stress
-    poses.pitch[:] += 0.03 * clock.wave(0.6)
+    poses.pitch[:] += 0.03 * clock.wave(0.4)
 
 
 def _wave(poses: Poses, clock: _Clock, amplitude: float, side: int) -> None:
-    poses.arm[:] += 0.1 + 0.36 * amplitude * clock.wave(1.1)
+    poses.arm[:] += 0.1 + 0.36 * amplitude * clock.wave(0.7)
     poses.roll[:] += side * 0.04
     poses.lean[:] -= side * 0.015
 
 
 def _walk(poses: Poses, clock: _Clock, amplitude: float, side: int) -> None:
-    steps = clock.wave(0.8)
-    poses.shift_x[:] += clock.curve(lambda t: side * 0.22 * amplitude * (2 * t - 1))
+    steps = clock.wave(0.6)
+    poses.shift_x[:] += clock.curve(lambda t: side * 0.16 * amplitude * (2 * t - 1))
     poses.shift_y[:] += 0.012 * (2 * steps * steps - 1)
     poses.lean[:] += 0.035 * steps
     poses.yaw[:] += side * 0.24
@@ -165,9 +169,9 @@ def _walk(poses: Poses, clock: _Clock, amplitude: float, side: int) -> None:
 
 def _drift(poses: Poses, clock: _Clock, amplitude: float, side: int) -> None:
     across = 1.0 if clock.phase < 0.5 else 0.6
-    poses.zoom[:] += clock.curve(lambda t: amplitude * 0.16 * (t if clock.phase < 0.75 else 1 - t))
-    poses.pan_x[:] += clock.curve(lambda t: side * across * amplitude * 0.09 * (2 * t - 1))
-    poses.pan_y[:] += clock.curve(lambda t: (across - 0.8) * amplitude * 0.1 * (2 * t - 1))
+    poses.zoom[:] += clock.curve(lambda t: amplitude * 0.12 * (t if clock.phase < 0.75 else 1 - t))
+    poses.pan_x[:] += clock.curve(lambda t: side * across * amplitude * 0.07 * (2 * t - 1))
+    poses.pan_y[:] += clock.curve(lambda t: (across - 0.8) * amplitude * 0.08 * (2 * t - 1))
 
 
 _MOVERS: dict[str, Callable[[Poses, _Clock, float, int], None]] = {

@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
 
 from proteus_deploy.errors import Cancelled, ComputationError, InputError
 from proteus_deploy.reporting import Report, no_report
+from proteus_deploy.training.optimisers import MuonAndAdamW
 from proteus_deploy.training.randomness import step_generator
 from proteus_deploy.training.state import (
     Averages,
@@ -42,6 +43,8 @@ LossFunction = Callable[[int, Generator], tuple[Tensor, Mapping[str, float]]]
 class FitSettings:
     """How one network is trained. Rates rise linearly over `warmup` steps, then fall along a cosine to 0.
 
+    optimiser: "adamw", or "muon" for all weights with 8 or more outputs of 16 or more inputs each, and AdamW
+    for the rest.
     ema: share of the averaged weights that each step keeps; the averaged weights are the result.
     log_every: steps between two lines of the log. save_every_s: seconds between two saved states.
     """
@@ -53,6 +56,7 @@ class FitSettings:
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = 1.0
     ema: float = 0.995
+    optimiser: Literal["adamw", "muon"] = "adamw"
     seed: int = 0
     log_every: int = 20
     save_every_s: float = 60.0
@@ -60,6 +64,8 @@ class FitSettings:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InputError(f"steps is {self.steps}; choose at least 1")
+        if self.optimiser not in ("adamw", "muon"):
+            raise InputError(f"optimiser is {self.optimiser!r}; choose adamw or muon")
         if not 0 <= self.ema < 1:
             raise InputError(f"ema is {self.ema}; choose 0 (no averaging) or more, below 1")
 
@@ -118,11 +124,7 @@ class _Fitting:
         self.state_file = folder / f"{name}.state.safetensors"
         self.log_file = folder / f"{name}.log.jsonl"
         self.parameters = {key: value for key, value in module.named_parameters() if value.requires_grad}
-        self.optimiser = torch.optim.AdamW(
-            parameter_groups(self.parameters.values(), settings.weight_decay),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-        )
+        self.optimiser = _optimiser(list(self.parameters.values()), settings)
         self.averages = Averages(self.parameters, settings.ema)
         self.step = 0
         self.seconds, self.cpu_seconds = 0.0, 0.0
@@ -212,3 +214,20 @@ class _Fitting:
             self.module.load_state_dict(dict(tensors))
         except RuntimeError as error:
             raise InputError(f"{file} holds another network ({error}); remove the file") from error
+
+
+def _optimiser(parameters: list[nn.Parameter], settings: FitSettings) -> torch.optim.Optimizer:
+    wide = [
+        one
+        for one in parameters
+        if settings.optimiser == "muon" and one.ndim >= 2 and len(one) >= 8 and one[0].numel() >= 16
+    ]
+    chosen = set(wide)
+    adamw = torch.optim.AdamW(
+        parameter_groups([one for one in parameters if one not in chosen], settings.weight_decay),
+        lr=settings.learning_rate,
+        betas=settings.betas,
+    )
+    if not wide:
+        return adamw
+    return MuonAndAdamW(wide, adamw, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CLIP_SETTINGS", "PICTURE_SETTINGS", "FrameBatches", "latent_scale", "train_vae", "vae_loss"]
 
-PICTURE_SETTINGS = FitSettings(steps=9000, learning_rate=1e-3, warmup=100, ema=0.995)
-CLIP_SETTINGS = FitSettings(steps=3000, learning_rate=7e-4, warmup=50, ema=0.99, seed=1)
+PICTURE_SETTINGS = FitSettings(steps=4000, learning_rate=2e-3, warmup=50, ema=0.995, optimiser="muon")
+CLIP_SETTINGS = FitSettings(steps=2400, learning_rate=1e-3, warmup=30, ema=0.99, optimiser="muon", seed=1)
 _KL_WEIGHT = 5e-4
 _FACE_WEIGHT = 3.0
 _EDGE_WEIGHT = 0.5

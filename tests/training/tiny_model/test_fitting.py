@@ -145,7 +145,37 @@ def test_numbers_that_are_not_finite(tmp_path: Path, factor: float, what: str) -
     assert all(torch.equal(value, before[key]) for key, value in module.named_parameters())
 
 
+def test_convolutions_by_muon_go_on_to_the_same_bits(tmp_path: Path) -> None:
+    settings = FitSettings(**{**vars(SETTINGS), "optimiser": "muon"})
+
+    def train(folder: Path, stop: int | None = None) -> nn.Module:
+        torch.manual_seed(0)
+        module, cancel = nn.Sequential(nn.Conv2d(2, 8, 3), nn.Tanh(), nn.Conv2d(8, 1, 3)), Event()
+
+        def loss(_: int, generator: Generator) -> tuple[Tensor, Mapping[str, float]]:
+            values = torch.randn(4, 2, 8, 8, generator=generator)
+            return (module(values) - values[:, :1, 2:-2, 2:-2]).square().mean(), {}
+
+        def report(_name: str, done: int, _total: int) -> None:
+            if done == stop:
+                cancel.set()
+
+        return fit(module, loss, settings, folder=folder, name="small", report=report, cancel=cancel)
+
+    whole = train(tmp_path / "whole").state_dict()
+    with pytest.raises(Cancelled):
+        train(tmp_path / "parts", stop=5)
+    stored, _ = load_tensors(tmp_path / "parts" / "small.state.safetensors")
+    fields = {key.removeprefix("adam.") for key in stored if key.startswith("adam.")}
+    assert "momentum_buffer.0.weight" in fields
+    assert {"exp_avg.2.weight", "exp_avg.0.bias"} <= fields, "the rest is AdamW's"
+    parts = train(tmp_path / "parts").state_dict()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
 def test_rules() -> None:
+    with pytest.raises(InputError, match="optimiser is 'sgd'; choose adamw or muon"):
+        FitSettings(steps=1, learning_rate=1.0, optimiser="sgd")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="steps is 0; choose at least 1"):
         FitSettings(steps=0, learning_rate=1.0)
     with pytest.raises(InputError, match=r"ema is 1\.0; choose 0"):
