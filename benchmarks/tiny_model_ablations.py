@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from proteus_deploy._files import atomic_directory, write_json
 from proteus_deploy.benchmarks import tiny_model_quality as quality
 from proteus_deploy.benchmarks.machine import describe_commit, describe_machine, describe_versions
+from proteus_deploy.tiny.trained import GUIDANCE_SCALE
 from proteus_deploy.training.avatars import HELD_OUT_SEEDS
 from proteus_deploy.training.settings import TrainSettings
 from proteus_deploy.training.tiny_model.configs import TRAINING, TRANSFORMER
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from proteus_deploy.pipeline import Pipeline
 
 _SMALLER = {"num_attention_heads": 4, "num_layers": 4}
-_BUDGET: dict[str, Any] = {"steps": 1500, "batch_size": 16, "warmup": 100, "ema": 0.995}
+_BUDGET: dict[str, Any] = {"steps": 1000, "batch_size": 16, "warmup": 100, "ema": 0.995}
 _VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "without MIF's text": {"fusion_text": False},
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--people", type=int, default=len(HELD_OUT_SEEDS))
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--guidance-scale", type=float, default=2.0)
+    parser.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
     parser.add_argument("--json", type=Path, required=True)
     given = parser.parse_args(arguments)
 

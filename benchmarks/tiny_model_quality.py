@@ -1,6 +1,6 @@
 """Does the tiny model show the person of the photo, doing what the prompt says? On people it never saw.
 
-    python -m proteus_deploy.benchmarks.tiny_model_quality CHECKPOINT ENCODERS --json FILE
+    python -m proteus_deploy.benchmarks.tiny_model_quality MODEL ENCODERS --work DIR --json FILE
 
 For each of the 30 held-out people and each of 3 seeds: a video in 25 steps from the person's photo and a
 prompt that no training clip had, then
@@ -11,7 +11,8 @@ prompt that no training clip had, then
     motion     which movement a classifier sees that was trained on drawn clips
     colours    of clothes and background, read off the frames
 
-Videos are kept in --work, so that an interrupted run goes on.
+Videos are kept in --work, in a folder for each checkpoint and guidance scale, so that an interrupted run goes
+on.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from proteus_deploy._files import write_json
 from proteus_deploy.benchmarks.machine import describe_commit, describe_machine, describe_versions
+from proteus_deploy.tiny.trained import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
 from proteus_deploy.training.avatars import (
     HELD_OUT_SEEDS,
     MOTIONS,
@@ -45,8 +47,9 @@ if TYPE_CHECKING:
     from proteus_deploy.pipeline import Pipeline
     from proteus_deploy.training.tiny_model.motion_classifier import MotionClassifier
 
-_STEPS = 25
-_SEEDS = 3
+SEEDS = 3
+# Neither held out nor trained on: for choosing settings, such as the guidance scale, before measuring.
+_VALIDATION = range(31, 61)
 # Clip seeds of the prompts and of the ceiling; the photos are photo 0.
 _FIRST_CLIP, _OTHER_CLIP = 100, 200
 
@@ -92,7 +95,7 @@ def generate(pipeline: Pipeline, case: Case, guidance_scale: float, work: Path) 
                 prompt=case.drawn.prompt,
                 identity_prompt=case.drawn.identity_prompt,
                 photo=make_photo(case.person, 0).image,
-                num_inference_steps=_STEPS,
+                num_inference_steps=NUM_INFERENCE_STEPS,
                 guidance_scale=guidance_scale,
                 seed=case.seed,
             )
@@ -203,30 +206,34 @@ def _numbers(found: Any) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("model", type=Path, help="a checkpoint, for PyTorch, or a bundle, for ONNX Runtime")
     parser.add_argument("encoders", type=Path)
     parser.add_argument("--work", type=Path, required=True, help="where videos and the classifier are kept")
     parser.add_argument("--people", type=int, default=len(HELD_OUT_SEEDS))
-    parser.add_argument("--seeds", type=int, default=_SEEDS)
-    parser.add_argument("--guidance-scale", type=float, default=2.0)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
+    parser.add_argument(
+        "--validation", action="store_true", help="other people, for choosing settings, not the held-out ones"
+    )
     parser.add_argument("--json", type=Path, required=True)
     given = parser.parse_args(arguments)
 
-    from proteus_deploy.checkpoint import Checkpoint
     from proteus_deploy.evaluate.encoders import load_encoders
-    from proteus_deploy.pipeline import Pipeline
     from proteus_deploy.training.tiny_model.motion_classifier import drawn_motion_classifier
 
     encoders = load_encoders(given.encoders)
-    classifier = drawn_motion_classifier(given.work / "classifier")
-    asked = cases(HELD_OUT_SEEDS[: given.people], given.seeds)
-    videos = given.work / "videos"
+    people = _VALIDATION if given.validation else HELD_OUT_SEEDS
+    asked = cases(people[: given.people], given.seeds)
+    backend, checkpoint_hash, pipeline = _open(given.model)
+    videos = given.work / f"videos-{checkpoint_hash[:8]}-{backend}-guidance-{given.guidance_scale:g}"
     videos.mkdir(parents=True, exist_ok=True)
     made, started = [], time.perf_counter()
-    with Pipeline.from_checkpoint(given.checkpoint) as pipeline:
+    with pipeline:
         for number, case in enumerate(asked, start=1):
             made.append((case, generate(pipeline, case, given.guidance_scale, videos)))
             print(f"{number}/{len(asked)} {case.name}", file=sys.stderr, flush=True)
+    seconds_per_video = (time.perf_counter() - started) / len(asked)
+    classifier = drawn_motion_classifier(given.work / "classifier")
     figures = measure(made, encoders, classifier)
     document = {
         "what": "identity, motion and colours of the tiny model's videos of held-out people",
@@ -234,18 +241,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "versions": describe_versions(),
         "commit": describe_commit(Path(__file__).resolve().parents[1]),
         "settings": {
-            "checkpoint": Checkpoint.open(given.checkpoint).hash,
-            "people": given.people,
+            "checkpoint": checkpoint_hash,
+            "backend": backend,
+            "people": [int(person) for person in people[: given.people]],
             "seeds": given.seeds,
-            "num_inference_steps": _STEPS,
+            "num_inference_steps": NUM_INFERENCE_STEPS,
             "guidance_scale": given.guidance_scale,
-            "seconds_per_video": (time.perf_counter() - started) / len(asked),
+            "seconds_per_video": seconds_per_video,
         },
         **figures,
     }
     write_json(given.json, document)
     print(json.dumps({key: value for key, value in figures.items() if key != "videos"}, indent=2))
     return 0
+
+
+def _open(model: Path) -> tuple[str, str, Pipeline]:
+    """Backend, hash of the checkpoint, and the pipeline of a checkpoint or a bundle."""
+    from proteus_deploy.bundle import MANIFEST, Bundle
+    from proteus_deploy.checkpoint import Checkpoint
+    from proteus_deploy.pipeline import Pipeline
+
+    if (model / MANIFEST).exists():
+        bundle = Bundle.open(model)
+        return "onnxruntime", str(bundle.manifest["checkpoint"]["hash"]), Pipeline.from_bundle(bundle)
+    return "eager", Checkpoint.open(model).hash, Pipeline.from_checkpoint(model)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,13 @@ def test_wheel_holds_the_tree_and_one_import_name(wheel: Path, repository: Path)
     configs = {
         f"proteus_deploy/training/accelerate/{name}.yaml" for name in ("ddp", "fsdp", "deepspeed_zero2")
     }
-    assert rest == {"proteus_deploy/py.typed"} | configs
+    networks = {
+        file.relative_to(repository).as_posix()
+        for folder in ("model", "encoders")
+        for file in (repository / "proteus_deploy" / "tiny" / folder).rglob("*")
+        if file.is_file()
+    }
+    assert rest == {"proteus_deploy/py.typed"} | configs | networks
     assert any(name.endswith("LICENSE") for name in names)
 
 

@@ -1,37 +1,37 @@
-"""`proteus-deploy demo`: the whole way from a checkpoint to a video, with a small checkpoint made here."""
+"""`proteus-deploy demo`: the whole way from a checkpoint to a video, with the tiny model of the package."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from proteus_deploy.cli.demo_folder import clear, kept_checkpoint
 from proteus_deploy.cli.output import print_table
 from proteus_deploy.cli.progress import PhaseProgress, Progress
 from proteus_deploy.cli.video_progress import VideoProgress, cancel_on_interrupt
 from proteus_deploy.errors import BackendError, BundleError, InputError
+from proteus_deploy.training.avatars.motion import MOTIONS
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from proteus_deploy.bundle import Bundle
     from proteus_deploy.checkpoint import Checkpoint
     from proteus_deploy.export.verify import VerificationReport
+    from proteus_deploy.video import Video
 
 NAME = "demo"
-HELP = "do all of it with a small checkpoint: export, build, verify, generate"
+HELP = "do all of it with a small trained model: export, build, verify, generate, measure"
 
-_MARK = "demo.json"
-_KIND = "proteus_deploy demo"
-_OWN = ("checkpoint", "bundle", "photo.png", "verification.json", "verification.md", "video.mp4")
 _TARGETS = ("sm89", "sm120")
-_PROMPT = "a person reads a letter by the window in the morning light"
-_IDENTITY_PROMPT = "a person with short dark hair"
-_STEPS = 12
+_PERSON, _MOTION = 3, "wave"
+_LIKENESS = "face_sim_arc"
+_CLIP_SEED = 300  # chooses clothes and place of the prompt; no figure of the tiny model was measured on it
 _MIB = 1 << 20
 
 
@@ -41,10 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output-dir", type=Path, default=Path("demo"), help="folder to work in (default: %(default)s)"
     )
     parser.add_argument(
-        "--seed",
+        "--person",
         type=int,
-        default=0,
-        help="of weights, portrait and video: another seed, another video (default: %(default)s)",
+        default=_PERSON,
+        help="which of the drawn people that training never saw, 0 to 29 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--motion", default=_MOTION, help=f"what the person does: {', '.join(MOTIONS)} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the video's noise and the prompt (default: %(default)s)"
     )
     parser.add_argument(
         "--target",
@@ -59,7 +65,6 @@ class _Demo:
     """The folder, and what was done in it: (what, path, note) for the table at the end."""
 
     folder: Path
-    seed: int
     done: list[tuple[str, str, str]] = field(default_factory=list)
 
     def note(self, what: str, path: Path, text: str) -> None:
@@ -68,31 +73,57 @@ class _Demo:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do every step, print what was done, and return 0, or 1 when a figure is outside its tolerance."""
-    if arguments.seed < 0:
-        raise InputError(f"--seed is {arguments.seed}; it must be 0 or more")
+    subject = _subject(arguments.person, arguments.motion, arguments.seed)
     if arguments.no_engines and arguments.target:
         raise InputError("--target and --no-engines were both given; leave one of them out")
     targets = () if arguments.no_engines else _resolve_targets(arguments.target or _TARGETS)
     started_s = time.monotonic()
-    demo = _Demo(arguments.output_dir, arguments.seed)
+    demo = _Demo(arguments.output_dir)
     checkpoint = _checkpoint(demo)
-    photo = _photo(demo)
+    photo = _photo(demo, subject)
     bundle = _bundle(demo, checkpoint)
     for target in targets:
         _engines(demo, bundle, target)
     if not targets:
         demo.note("engines", bundle.folder / "engines", "left out (--no-engines)")
     report = _verification(demo, bundle, checkpoint)
-    _video(demo, bundle, photo)
+    video = _video(demo, bundle, subject, photo)
+    _likeness(demo, video, photo)
 
     print_table(report.headers, report.table())
     print()
     print_table(("what", "where", "note"), demo.done)
     print()
+    print(f"photo: drawn person {subject.person}, whom training never saw; prompt: {subject.prompt}")
     verdict = "every check is within its tolerance" if report.passed else "FAILED: see the rows above"
     print(f"{verdict}; {time.monotonic() - started_s:.0f} s in all")
-    print("The weights are random, so the video shows moving colours and no person.")
     return 0 if report.passed else 1
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """Whom the video shows, and what it is asked for. image: the photo, uint8 [512, 512, 3]."""
+
+    person: int
+    image: NDArray[np.uint8]
+    prompt: str
+    identity_prompt: str
+    seed: int
+
+
+def _subject(person: int, motion: str, seed: int) -> _Subject:
+    """Raises InputError where there is no such person, movement or seed."""
+    from proteus_deploy.training.avatars import HELD_OUT_SEEDS, make_clip, make_photo
+
+    if seed < 0:
+        raise InputError(f"--seed is {seed}; it must be 0 or more")
+    if not 0 <= person < len(HELD_OUT_SEEDS):
+        raise InputError(f"--person is {person}; choose 0 to {len(HELD_OUT_SEEDS) - 1}")
+    if motion not in MOTIONS:
+        raise InputError(f"--motion is {motion!r}; choose one of: {', '.join(MOTIONS)}")
+    drawn = HELD_OUT_SEEDS[person]
+    clip = make_clip(drawn, _CLIP_SEED + seed, motion=motion, num_frames=1)
+    return _Subject(person, make_photo(drawn, 0).image, clip.prompt, clip.identity_prompt, seed)
 
 
 def _resolve_targets(names: Sequence[str]) -> tuple[str, ...]:
@@ -108,85 +139,35 @@ def _resolve_targets(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _checkpoint(demo: _Demo) -> Checkpoint:
-    """The checkpoint of this seed: the one that is there, or a new one in the place of an older demo's."""
-    from proteus_deploy._files import write_json
+    """The tiny model: the copy that is there, or a new one in the place of what an older demo left."""
     from proteus_deploy.checkpoint import Checkpoint
-    from proteus_deploy.tiny.checkpoint import write_tiny_checkpoint
+    from proteus_deploy.tiny.trained import ENCODERS, MODEL, copy_folder
 
     folder = demo.folder / "checkpoint"
-    previous = _read_mark(demo.folder)
-    with Progress("writing the checkpoint", 1, unit="checkpoint") as progress:
-        with tempfile.TemporaryDirectory(prefix="proteus-demo-") as temporary:
-            wanted = Checkpoint.open(
-                write_tiny_checkpoint(Path(temporary) / "checkpoint", seed=demo.seed)
-            ).hash
-        kept = _existing_checkpoint(folder, previous)
-        if kept is not None and kept.hash == wanted:
-            demo.note("checkpoint", folder, f"reused, it is that of seed {demo.seed}")
-            progress.advance()
-            return kept
-        # What was made from the old checkpoint goes first: nothing may ever stand beside another one's.
-        for name in _OWN:
-            _remove(demo.folder / name)
-        demo.folder.mkdir(parents=True, exist_ok=True)
-        write_json(demo.folder / _MARK, {"kind": _KIND, "seed": demo.seed, "checkpoint": wanted})
-        write_tiny_checkpoint(folder, seed=demo.seed)
-        progress.advance()
+    wanted = Checkpoint.open(MODEL).hash
+    kept = kept_checkpoint(demo.folder)
+    if kept is not None and kept.hash == wanted:
+        demo.note("checkpoint", folder, "reused, it is the tiny model")
+        return kept
+    # What was made from the old checkpoint goes first: nothing may ever stand beside another one's.
+    clear(demo.folder, checkpoint=wanted)
+    copy_folder(ENCODERS, demo.folder / "encoders")
+    copy_folder(MODEL, folder)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / _MIB
-    what = "written" if kept is None else "replaced, with all that was made from the old one"
-    demo.note("checkpoint", folder, f"{what}: seed {demo.seed}, untrained, {size:.1f} MiB")
+    what = "copied" if kept is None else "replaced, with all that was made from the old one"
+    demo.note("checkpoint", folder, f"{what}: the trained tiny model, {size:.1f} MiB")
     return Checkpoint.open(folder)
 
 
-def _read_mark(folder: Path) -> Mapping[str, Any] | None:
-    """What an earlier demo left in `folder`. Raises InputError when files there are somebody else's."""
-    from proteus_deploy.weights import read_json
+def _photo(demo: _Demo, subject: _Subject) -> Path:
+    from PIL import Image
 
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output-dir is {folder}, which is not a folder; choose another name")
-    if (folder / _MARK).is_file():
-        mark = read_json(folder / _MARK)
-        if mark.get("kind") == _KIND:
-            return mark
-    foreign = [name for name in _OWN if (folder / name).exists()]
-    if foreign:
-        raise InputError(
-            f"{folder / foreign[0]} is there and no earlier demo wrote it; choose another --output-dir"
-        )
-    return None
-
-
-def _existing_checkpoint(folder: Path, mark: Mapping[str, Any] | None) -> Checkpoint | None:
-    from proteus_deploy.checkpoint import Checkpoint
-
-    if mark is None or not folder.exists():
-        return None
-    checkpoint = Checkpoint.open(folder)
-    if checkpoint.hash != mark.get("checkpoint"):
-        raise InputError(
-            f"{folder} was changed after the demo wrote it; move it away, or choose another --output-dir"
-        )
-    return checkpoint
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        # Out of its name in one step: killed half way, no part of a folder stands for the whole.
-        doomed = path.with_name(f".partial-{path.name}-{os.getpid()}-old")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _photo(demo: _Demo) -> Path:
     from proteus_deploy._files import atomic_file
-    from proteus_deploy.tiny.portrait import draw_portrait
 
     path = demo.folder / "photo.png"
     with atomic_file(path) as temporary:
-        draw_portrait(demo.seed).save(temporary, format="PNG")
-    demo.note("photo", path, "drawn")
+        Image.fromarray(subject.image).save(temporary, format="PNG")
+    demo.note("photo", path, f"drawn person {subject.person}")
     return path
 
 
@@ -267,16 +248,18 @@ def _verification(demo: _Demo, bundle: Bundle, checkpoint: Checkpoint) -> Verifi
     return report
 
 
-def _video(demo: _Demo, bundle: Bundle, photo: Path) -> None:
+def _video(demo: _Demo, bundle: Bundle, subject: _Subject, photo: Path) -> Video:
     from proteus_deploy.pipeline import Pipeline
     from proteus_deploy.request import GenerateRequest
+    from proteus_deploy.tiny.trained import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
 
     request = GenerateRequest(
-        prompt=_PROMPT,
-        identity_prompt=_IDENTITY_PROMPT,
+        prompt=subject.prompt,
+        identity_prompt=subject.identity_prompt,
         photo=photo,
-        num_inference_steps=_STEPS,
-        seed=demo.seed,
+        num_inference_steps=NUM_INFERENCE_STEPS,
+        guidance_scale=GUIDANCE_SCALE,
+        seed=subject.seed,
     )
     path = demo.folder / "video.mp4"
     with cancel_on_interrupt() as cancel, Pipeline.from_bundle(bundle) as pipeline:
@@ -289,4 +272,20 @@ def _video(demo: _Demo, bundle: Bundle, photo: Path) -> None:
     video.save(path)
     _, frames, _, height, width = video.frames.shape
     what = f"{frames} frames, {width}x{height}, {video.fps:g} fps"
-    demo.note("video", path, f"{what}, {_STEPS} steps on onnxruntime, {seconds:.1f} s")
+    demo.note("video", path, f"{what}, {NUM_INFERENCE_STEPS} steps on onnxruntime, {seconds:.1f} s")
+    return video
+
+
+def _likeness(demo: _Demo, video: Video, photo: Path) -> None:
+    """FaceSim, by a recogniser that the model itself doesn't have."""
+    from proteus_deploy.evaluate.encoders import load_encoders
+    from proteus_deploy.evaluate.frames import frames_from_video
+    from proteus_deploy.evaluate.measure import measure_video
+
+    folder = demo.folder / "encoders"
+    measured = measure_video(
+        frames_from_video(video), photo=photo, encoders=load_encoders(folder), metrics=[_LIKENESS]
+    )
+    value = measured[_LIKENESS]
+    text = "no face was found in the video" if value is None else f"FaceSim of photo and video {value:.2f}"
+    demo.note("likeness", folder, text)

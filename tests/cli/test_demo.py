@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,68 +17,94 @@ from proteus_deploy.cli.main import main
 from proteus_deploy.errors import BackendError, InputError
 from proteus_deploy.export import export
 from proteus_deploy.runtime.tensorrt_api import TensorRT
+from proteus_deploy.tiny import trained
+from proteus_deploy.tiny.checkpoint import write_tiny_checkpoint
 from proteus_deploy.video import read_video
 
 
-def _checkpoint(folder: Path, seed: int) -> tuple[Checkpoint, str]:
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Path]:
+    """Lets the package ship the untrained checkpoint of a seed in the place of the trained model."""
+
+    def ship(seed: int) -> Path:
+        folder = write_tiny_checkpoint(tmp_path / f"shipped-{seed}", seed=seed)
+        monkeypatch.setattr(trained, "MODEL", folder)
+        return folder
+
+    ship(0)
+    return ship
+
+
+def _checkpoint(folder: Path) -> tuple[Checkpoint, str]:
     """The demo's first step, and what it says that it did."""
-    state = demo._Demo(folder, seed)
+    state = demo._Demo(folder)
     checkpoint = demo._checkpoint(state)
     return checkpoint, state.done[0][2]
 
 
-def test_checkpoint_is_reused_for_the_same_seed(tmp_path: Path) -> None:
-    first, note = _checkpoint(tmp_path / "demo", 1)
-    assert note.startswith("written: seed 1, untrained")
+@pytest.mark.usefixtures("model")
+def test_checkpoint_is_copied_once(tmp_path: Path) -> None:
+    first, note = _checkpoint(tmp_path / "demo")
+    assert note.startswith("copied: the trained tiny model, ")
+    assert (tmp_path / "demo/encoders/perceptual.safetensors").exists()
     stamp = (first.folder / "model_index.json").stat().st_mtime_ns
-    again, note = _checkpoint(tmp_path / "demo", 1)
-    assert note == "reused, it is that of seed 1"
-    assert again.hash == first.hash
+    again, note = _checkpoint(tmp_path / "demo")
+    assert note == "reused, it is the tiny model"
+    assert again.hash == first.hash == Checkpoint.open(trained.MODEL).hash
     assert (first.folder / "model_index.json").stat().st_mtime_ns == stamp
 
 
-def test_another_seed_takes_everything_of_the_old_one_away(tmp_path: Path) -> None:
-    first = _checkpoint(tmp_path, 1)[0].hash
-    (tmp_path / "bundle").mkdir()
-    (tmp_path / "bundle" / "manifest.json").touch()
-    (tmp_path / "video.mp4").touch()
-    (tmp_path / "notes.txt").write_text("the user's own")
-    second, note = _checkpoint(tmp_path, 2)
-    assert note.startswith("replaced, with all that was made from the old one: seed 2")
+def test_another_model_takes_everything_of_the_old_one_away(
+    tmp_path: Path, model: Callable[[int], Path]
+) -> None:
+    folder = tmp_path / "demo"
+    first = _checkpoint(folder)[0].hash
+    (folder / "bundle").mkdir()
+    (folder / "bundle" / "manifest.json").touch()
+    (folder / "video.mp4").touch()
+    (folder / "notes.txt").write_text("the user's own")
+    model(2)
+    second, note = _checkpoint(folder)
+    assert note.startswith("replaced, with all that was made from the old one: the trained")
     assert second.hash != first
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "demo.json", "notes.txt"}
-    assert json.loads((tmp_path / "demo.json").read_text())["checkpoint"] == second.hash
+    assert {path.name for path in folder.iterdir()} == {"checkpoint", "encoders", "demo.json", "notes.txt"}
+    assert json.loads((folder / "demo.json").read_text())["checkpoint"] == second.hash
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "bundle", "video.mp4"])
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize("name", ["checkpoint", "bundle", "encoders", "video.mp4"])
 def test_what_no_demo_wrote_is_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     (tmp_path / name / "mine").touch()
     with pytest.raises(InputError, match="no earlier demo wrote it"):
-        _checkpoint(tmp_path, 0)
+        _checkpoint(tmp_path)
     assert (tmp_path / name / "mine").exists()
 
 
-def test_checkpoint_that_was_changed_is_left_alone(tmp_path: Path) -> None:
-    checkpoint, _ = _checkpoint(tmp_path, 0)
+def test_checkpoint_that_was_changed_is_left_alone(tmp_path: Path, model: Callable[[int], Path]) -> None:
+    folder = tmp_path / "demo"
+    checkpoint, _ = _checkpoint(folder)
     (checkpoint.folder / "transformer" / "trained.safetensors").write_text("hours of work")
     for seed in (0, 1):
+        model(seed)
         with pytest.raises(InputError, match="was changed after the demo wrote it"):
-            _checkpoint(tmp_path, seed)
+            _checkpoint(folder)
     assert (checkpoint.folder / "transformer" / "trained.safetensors").exists()
 
 
+@pytest.mark.usefixtures("model")
 def test_output_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="not a folder"):
-        _checkpoint(tmp_path / "file", 0)
+        _checkpoint(tmp_path / "file")
 
 
 def test_bundle_of_another_checkpoint_is_exported_again(
-    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path, tmp_path: Path, model: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint, _ = _checkpoint(tmp_path, 5)
-    shutil.copytree(tiny_bundle, tmp_path / "bundle", copy_function=os.link)
+    model(5)
+    checkpoint, _ = _checkpoint(tmp_path / "demo")
+    shutil.copytree(tiny_bundle, tmp_path / "demo" / "bundle", copy_function=os.link)
     asked: list[tuple[str, bool]] = []
 
     def export_bundle(source: Checkpoint, folder: Path, *, overwrite: bool, **_: object) -> Bundle:
@@ -85,7 +112,7 @@ def test_bundle_of_another_checkpoint_is_exported_again(
         return Bundle.open(folder)
 
     monkeypatch.setattr(export, "export_bundle", export_bundle)
-    demo._bundle(demo._Demo(tmp_path, 5), checkpoint)
+    demo._bundle(demo._Demo(tmp_path / "demo"), checkpoint)
     assert asked == [(checkpoint.hash, True)]
 
 
@@ -105,7 +132,12 @@ def test_missing_package_is_said_before_any_work(
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--seed", "-1"], "--seed is -1"), (["--no-engines", "--target", "sm89"], "leave one of them out")],
+    [
+        (["--seed", "-1"], "--seed is -1"),
+        (["--person", "30"], "--person is 30; choose 0 to 29"),
+        (["--motion", "dance"], "--motion is 'dance'; choose one of: nod, "),
+        (["--no-engines", "--target", "sm89"], "leave one of them out"),
+    ],
 )
 def test_wrong_flags(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
@@ -115,19 +147,23 @@ def test_wrong_flags(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("model")
 def test_second_run_reuses_verifies_and_makes_the_video(
-    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint", copy_function=os.link)
-    shutil.copytree(tiny_bundle, tmp_path / "bundle", copy_function=os.link)
-    mark = {"kind": "proteus_deploy demo", "seed": 0, "checkpoint": Checkpoint.open(tiny_checkpoint).hash}
-    (tmp_path / "demo.json").write_text(json.dumps(mark))
-    assert main(["demo", "--output-dir", str(tmp_path), "--no-engines"]) == 0
+    folder = tmp_path / "demo"
+    _checkpoint(folder)
+    shutil.copytree(tiny_bundle, folder / "bundle", copy_function=os.link)
+    words = ["--no-engines", "--person", "4", "--motion", "nod"]
+    assert main(["demo", "--output-dir", str(folder), *words]) == 0
     printed = capsys.readouterr().out
-    assert "reused, it is that of seed 0" in printed
+    assert "reused, it is the tiny model" in printed
     assert "reused, it was exported from this checkpoint" in printed
     assert "left out (--no-engines)" in printed
+    assert "drawn person 4, whom training never saw; prompt: a " in printed
+    assert " nods " in printed
+    assert "likeness" in printed
     assert "every check is within its tolerance" in printed
-    assert json.loads((tmp_path / "verification.json").read_text())["passed"] is True
-    assert "| onnxruntime | denoiser |" in (tmp_path / "verification.md").read_text()
-    assert read_video(tmp_path / "video.mp4").frames.shape == (1, 17, 3, 96, 96)
+    assert json.loads((folder / "verification.json").read_text())["passed"] is True
+    assert "| onnxruntime | denoiser |" in (folder / "verification.md").read_text()
+    assert read_video(folder / "video.mp4").frames.shape == (1, 17, 3, 96, 96)

@@ -30,7 +30,7 @@ TRANSFORMER: dict[str, Any] = {
     "num_layers": 6,
     "max_text_seq_length": TEXT_TOKENS,
     "text_embed_dim": TEXT_WIDTH,
-    "time_embed_dim": 128,
+    "time_embed_dim": 112,
     "cross_attn_dim_head": 32,
     "cross_attn_num_heads": 4,
     "FT_clip_dim": FACE_DIM + POOLED_DIM,
@@ -62,7 +62,7 @@ TRANSFORMER: dict[str, Any] = {
 # is higher and a tenth of the prompts is dropped, without which guidance would have nothing to guide with.
 # Fewer steps look at the head only, as clothes and places are to be learned too.
 TRAINING = TrainSettings(
-    steps=4500,
+    steps=3600,
     batch_size=16,
     optimiser="muon",
     learning_rate=2e-3,

@@ -1,7 +1,7 @@
 """Which movement a clip shows: a small network on optical flow, trained on drawn clips.
 
-It judges videos of the tiny model, so it never sees one in training. Blurred copies of the clips make it
-rely on what moves and not on how sharp it is.
+It judges videos of the tiny model, so it never sees one in training. Blurred copies of the clips, some of
+them blurred in time too, make it rely on what moves and not on how sharp it is.
 
 Axes: N clips, F frames, a grid of G x G cells, S statistics of each cell.
 """
@@ -30,7 +30,7 @@ _GRID = 12
 _STATISTICS = 7
 _SETTINGS = FitSettings(steps=1500, learning_rate=2e-3, warmup=50, weight_decay=0.05, ema=0.99)
 _BATCH = 128
-_BLUR = (0.0, 0.8, 1.4)  # pixels; each clip is seen at every one
+_BLUR = ((0.0, 0.0), (0.8, 0.0), (1.4, 0.0), (0.8, 0.8))  # (pixels, frames); each clip is seen at every one
 
 
 class MotionClassifier(nn.Module):
@@ -147,7 +147,6 @@ def train_motion_classifier(
 
 def _features(folder: Path, frames: NDArray[np.uint8], report: Report) -> Tensor:
     """[len(_BLUR) * N, S, G, G], computed once: all clips as they are, then blurred."""
-    import cv2
     import numpy as np
 
     from proteus_deploy._files import atomic_file
@@ -155,14 +154,28 @@ def _features(folder: Path, frames: NDArray[np.uint8], report: Report) -> Tensor
     file = folder / f"motion-features-{len(frames)}.npy"
     if not file.exists():
         rows = []
-        for place, sigma in enumerate(_BLUR):
+        for place, (pixels, in_time) in enumerate(_BLUR):
             for index, clip in enumerate(frames):
-                seen = (
-                    clip if sigma == 0 else np.stack([cv2.GaussianBlur(one, (0, 0), sigma) for one in clip])
-                )
-                rows.append(motion_features(np.ascontiguousarray(seen)))
+                rows.append(motion_features(_blurred(clip, pixels, in_time)))
                 report("optical flow of clips", place * len(frames) + index + 1, len(_BLUR) * len(frames))
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(file) as new, new.open("wb") as stream:
             np.save(stream, np.stack(rows))
     return torch.from_numpy(np.load(file))
+
+
+def _blurred(clip: NDArray[np.uint8], pixels: float, in_time: float) -> NDArray[np.uint8]:
+    """The clip [F, H, W, 3] through Gaussians of those standard deviations, in pixels and in frames."""
+    import cv2
+    import numpy as np
+
+    seen = np.ascontiguousarray(clip)
+    if pixels:
+        seen = np.stack([cv2.GaussianBlur(one, (0, 0), pixels) for one in seen])
+    if in_time:
+        # Frames as rows of one tall picture, blurred downwards only; the first and the last are repeated.
+        rows = seen.reshape(len(seen), -1)
+        ends = np.concatenate([rows[:1].repeat(4, axis=0), rows, rows[-1:].repeat(4, axis=0)])
+        seen = cv2.GaussianBlur(ends, (1, 9), sigmaX=1.0, sigmaY=in_time)[4:-4].reshape(seen.shape)
+    result: NDArray[np.uint8] = np.ascontiguousarray(seen)
+    return result
