@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from proteus_deploy.pipeline import Pipeline
 
 _SMALLER = {"num_attention_heads": 4, "num_layers": 4}
-_BUDGET: dict[str, Any] = {"steps": 1000, "batch_size": 16, "warmup": 100, "ema": 0.995}
+_BUDGET: dict[str, Any] = {"steps": 700, "batch_size": 16, "warmup": 100, "ema": 0.995}
 _VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "without MIF's text": {"fusion_text": False},

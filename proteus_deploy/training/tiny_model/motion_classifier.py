@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["MotionClassifier", "drawn_motion_classifier", "motion_features", "train_motion_classifier"]
 
 _GRID = 12
-_STATISTICS = 7
+_STRIDES = (1, 4)  # frames from one to the next
+_STATISTICS = 7 * len(_STRIDES)
 _SETTINGS = FitSettings(steps=1500, learning_rate=2e-3, warmup=50, weight_decay=0.05, ema=0.99)
 _BATCH = 128
 _BLUR = ((0.0, 0.0), (0.8, 0.0), (1.4, 0.0), (0.8, 0.8))  # (pixels, frames); each clip is seen at every one
@@ -71,15 +72,25 @@ def motion_features(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
     """float32 [S, G, G] of frames uint8 [F, H, W, 3]; lengths in frame widths, so that any size serves.
 
     Of each cell, over the frames: mean and deviation of the flow to the right and down, largest and mean
-    length of the flow, mean change of grey.
+    length of the flow, mean change of grey. The same again over every fourth frame: an autoencoder that joins
+    four frames in one latent moves things by fits and starts, and a slow pan is seen over four frames only.
     """
+    import numpy as np
+
+    # Square roots bring a blink and a walk to one scale.
+    stacked = np.concatenate([_statistics(frames[::step]) for step in _STRIDES])
+    rooted: NDArray[np.float32] = (np.sign(stacked) * np.sqrt(np.abs(stacked))).astype(np.float32)
+    return rooted
+
+
+def _statistics(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
     import cv2
     import numpy as np
 
     from proteus_deploy.optical_flow import DisFlow
 
     side = frames.shape[2]
-    flow = DisFlow()(frames) / side
+    flow = DisFlow()(np.ascontiguousarray(frames)) / side
     grey = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]).astype(np.float32) / 255
     change = np.abs(np.diff(grey, axis=0))
 
@@ -88,19 +99,17 @@ def motion_features(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
 
     across, down = cells(flow[..., 0]), cells(flow[..., 1])
     length = cells(np.hypot(flow[..., 0], flow[..., 1]))
-    statistics = (
-        across.mean(axis=0),
-        down.mean(axis=0),
-        across.std(axis=0),
-        down.std(axis=0),
-        length.max(axis=0),
-        length.mean(axis=0),
-        cells(change).mean(axis=0),
+    return np.stack(
+        (
+            across.mean(axis=0),
+            down.mean(axis=0),
+            across.std(axis=0),
+            down.std(axis=0),
+            length.max(axis=0),
+            length.mean(axis=0),
+            cells(change).mean(axis=0),
+        )
     )
-    # Square roots bring a blink and a walk to one scale.
-    stacked = np.stack(statistics)
-    rooted: NDArray[np.float32] = (np.sign(stacked) * np.sqrt(np.abs(stacked))).astype(np.float32)
-    return rooted
 
 
 def drawn_motion_classifier(
@@ -176,6 +185,7 @@ def _blurred(clip: NDArray[np.uint8], pixels: float, in_time: float) -> NDArray[
         # Frames as rows of one tall picture, blurred downwards only; the first and the last are repeated.
         rows = seen.reshape(len(seen), -1)
         ends = np.concatenate([rows[:1].repeat(4, axis=0), rows, rows[-1:].repeat(4, axis=0)])
-        seen = cv2.GaussianBlur(ends, (1, 9), sigmaX=1.0, sigmaY=in_time)[4:-4].reshape(seen.shape)
+        mixed = np.asarray(cv2.GaussianBlur(ends, (1, 9), sigmaX=1.0, sigmaY=in_time), dtype=np.uint8)
+        seen = mixed[4:-4].reshape(seen.shape)
     result: NDArray[np.uint8] = np.ascontiguousarray(seen)
     return result
