@@ -43,14 +43,13 @@ class Condition:
     gate: Tensor
     generators: list[torch.Generator]
     schedules: tuple[Tensor, ...]  # per video: face tokens of all timesteps, [T, Q, d_face]
-    guided: bool
 
-    def face_tokens(self, index: int) -> Tensor:
-        """Face tokens of step `index`: [1, Q, d] for one video, else one row per row of the batch."""
-        rows = torch.stack([schedule[index] for schedule in self.schedules])
+    def face_tokens(self, index: int, rows: int) -> Tensor:
+        """Face tokens of step `index`: [1, Q, d] for one video, else one of each row, B or 2B."""
+        tokens = torch.stack([schedule[index] for schedule in self.schedules])
         if len(self.schedules) == 1:
-            return rows
-        return torch.cat((rows, rows)) if self.guided else rows
+            return tokens
+        return tokens.repeat(rows // len(self.schedules), 1, 1)
 
 
 class Conditioner:
@@ -116,7 +115,6 @@ class Conditioner:
             gate=torch.tensor([requests[0].identity_scale], dtype=torch.float32),
             generators=generators,
             schedules=schedules,
-            guided=guided,
         )
 
     def _identity(self, request: GenerateRequest) -> tuple[IdentityFeatures, Any]:

@@ -26,6 +26,7 @@ LAYERS = (
     ("bundle",),
     ("runtime",),
     (
+        "policies",
         "request",
         "guidance",
         "schedulers",
