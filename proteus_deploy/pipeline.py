@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from proteus_deploy.bundle import Bundle
+from proteus_deploy.cached_stages import CachedStages
 from proteus_deploy.checkpoint import Checkpoint
 from proteus_deploy.conditioning import Conditioner
 from proteus_deploy.errors import Cancelled, ComputationError, InputError
@@ -28,6 +29,7 @@ from proteus_deploy.request import GenerateRequest, request_digest, resolve_requ
 from proteus_deploy.runtime import open_bundle_backend
 from proteus_deploy.runtime.backend import Backend, resolve_dtype, short_dtype
 from proteus_deploy.schedulers import Stepper
+from proteus_deploy.stage_cache import StageCache
 from proteus_deploy.stage_calls import Stages, stages_of
 from proteus_deploy.stage_table import VAE_SPATIAL, latent_frames
 from proteus_deploy.vae_decode import Tiling, decode
@@ -81,7 +83,12 @@ class Pipeline:
         face_encoder: Path | None,
         *,
         vae_tiling: bool | Tiling = False,
+        cache: StageCache | None = None,
+        weights: Callable[[], str] | None = None,
     ) -> None:
+        """cache: None, or where results of text and identity stages are kept (stage_cache.py); weights() is
+        then the hash of the weights, by which it tells networks apart.
+        """
         self.backend = backend
         self.config = config
         if not isinstance(vae_tiling, bool | Tiling):
@@ -92,7 +99,13 @@ class Pipeline:
         self.stages: Stages = stages_of(backend, config, self.tiling)
         self._vae = vae
         self._scheduler = scheduler
-        self._conditioner = Conditioner(self.stages, backend, config, vae, tokenizer, face_encoder)
+        if cache is not None and weights is None:
+            raise InputError(
+                "cache is given and weights isn't; use from_checkpoint or from_bundle, which know them, or "
+                "pass weights=lambda: their hash"
+            )
+        cached = CachedStages(self.stages, backend, cache, weights or str)
+        self._conditioner = Conditioner(self.stages, backend, config, vae, tokenizer, face_encoder, cached)
 
     @classmethod
     def from_checkpoint(
@@ -103,9 +116,11 @@ class Pipeline:
         dtype: str | torch.dtype = "float32",
         compiled: bool = False,
         vae_tiling: bool | Tiling = False,
+        cache: StageCache | None = None,
     ) -> Pipeline:
         """The PyTorch reference on a checkpoint folder. Weights are read on first use of each stage.
 
+        cache: keeps results of text and identity stages across requests; its first use hashes the folder.
         Raises CheckpointError, BackendError or InputError.
         """
         from proteus_deploy.runtime.eager import EagerBackend
@@ -120,6 +135,8 @@ class Pipeline:
             checkpoint.tokenizer,
             checkpoint.face_encoder,
             vae_tiling=vae_tiling,
+            cache=cache,
+            weights=lambda: checkpoint.hash,
         )
 
     @classmethod
@@ -130,9 +147,11 @@ class Pipeline:
         backend: str = "onnxruntime",
         device: str | torch.device | None = None,
         vae_tiling: bool | Tiling = False,
+        cache: StageCache | None = None,
     ) -> Pipeline:
         """An exported bundle on the named backend: onnxruntime, openvino or tensorrt.
 
+        cache: keeps results of text and identity stages across requests.
         Raises BundleError or BackendError. No other backend is tried in its place.
         """
         bundle = folder if isinstance(folder, Bundle) else Bundle.open(folder)
@@ -146,6 +165,8 @@ class Pipeline:
             bundle.folder / "tokenizer",
             faces if faces.is_dir() else None,
             vae_tiling=vae_tiling,
+            cache=cache,
+            weights=lambda: bundle.hash,
         )
 
     def __enter__(self) -> Self:

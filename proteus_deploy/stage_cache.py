@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proteus_deploy._files import atomic_file, check_writable
+from proteus_deploy._files import atomic_file, check_writable, inside
 from proteus_deploy.errors import InputError
 
 __all__ = ["CacheCounts", "StageCache", "content_key"]
@@ -67,16 +67,16 @@ class StageCache:
         folder_bytes: int = _DEFAULT_FOLDER_BYTES,
     ) -> None:
         self.memory_bytes = _budget("memory_bytes", memory_bytes)
-        self._folder = None if folder is None else _Folder(Path(folder), _budget("folder_bytes", folder_bytes))
+        self._folder = (
+            None if folder is None else _Folder(Path(folder), _budget("folder_bytes", folder_bytes))
+        )
         self._lock = Lock()
         self._entries: OrderedDict[str, Outputs] = OrderedDict()
         self._bytes = 0
         self._hits = self._folder_hits = self._misses = 0
 
-    def result(
-        self, key: str, compute: Callable[[], Outputs], device: torch.device | str = "cpu"
-    ) -> Outputs:
-        """What `compute` gives, or the same bytes from an earlier call, on `device`; the caller's own copy."""
+    def result(self, key: str, compute: Callable[[], Outputs], device: torch.device | str = "cpu") -> Outputs:
+        """What `compute` gives, or the same bytes from an earlier call: a copy of them, on `device`."""
         found = self._from_memory(key)
         if found is None and self._folder is not None:
             found = self._folder.read(key)
@@ -134,8 +134,8 @@ class StageCache:
                 self._bytes -= _bytes_of(oldest)
 
 
-def content_key(stage: str, inputs: Mapping[str, Tensor | None], facts: Mapping[str, str]) -> str:
-    """sha256 over the stage, the facts (weights, backend, …) and each input's name, dtype, shape and bytes."""
+def content_key(stage: str, inputs: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
+    """sha256 over stage, facts (weights, backend, …) and the name, dtype, shape and bytes of each input."""
     digest = hashlib.sha256()
 
     def add(*words: str) -> None:
@@ -147,9 +147,6 @@ def content_key(stage: str, inputs: Mapping[str, Tensor | None], facts: Mapping[
     for name, fact in sorted(facts.items()):
         add(name, fact)
     for name, value in sorted(inputs.items()):
-        if value is None:
-            add(name, "none")
-            continue
         add(name, str(value.dtype), str(list(value.shape)))
         digest.update(_raw(value))
     return digest.hexdigest()
@@ -182,27 +179,21 @@ class _Folder:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"can't make the cache folder {folder} ({error.strerror}); choose another") from error
+            raise InputError(
+                f"can't make the cache folder {folder} ({error.strerror}); choose another"
+            ) from error
         check_writable(folder / f"entry{_SUFFIX}")
         self._folder = folder
         self._budget = budget
 
     def read(self, key: str) -> Outputs | None:
-        from safetensors import SafetensorError, safe_open
-
-        file = self._folder / f"{key}{_SUFFIX}"
+        file = inside(self._folder, f"{key}{_SUFFIX}")
         try:
-            if file.stat().st_size > _MAX_ENTRY_BYTES:
-                raise ValueError(f"above {_MAX_ENTRY_BYTES} bytes")
-            with safe_open(file, framework="pt") as handle:
-                value = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
-                recorded = (handle.metadata() or {}).get("content")
-            if recorded != content_key(key, value, {}):
-                raise ValueError("its content is not what was written")
+            value = _read_entry(file, key)
             os.utime(file)  # the age of an entry is the time since its last use
         except FileNotFoundError:
             return None
-        except (SafetensorError, OSError, ValueError) as error:
+        except (OSError, ValueError) as error:
             _log.warning("the cache entry %s can't be used (%s); it is computed again", file, error)
             return None
         return value
@@ -212,7 +203,7 @@ class _Folder:
 
         if _bytes_of(value) > min(self._budget, _MAX_ENTRY_BYTES):
             return
-        file = self._folder / f"{key}{_SUFFIX}"
+        file = inside(self._folder, f"{key}{_SUFFIX}")
         try:
             with atomic_file(file) as temporary:
                 save_file(value, temporary, metadata={"content": content_key(key, value, {})})
@@ -239,3 +230,20 @@ class _Folder:
                 return
             file.unlink(missing_ok=True)
             total -= size
+
+
+def _read_entry(file: Path, key: str) -> Outputs:
+    """Raises ValueError for an entry that is not whole, OSError when it can't be read."""
+    from safetensors import SafetensorError, safe_open
+
+    if (size := file.stat().st_size) > _MAX_ENTRY_BYTES:
+        raise ValueError(f"it has {size} bytes, an entry at most {_MAX_ENTRY_BYTES}")
+    try:
+        with safe_open(file, framework="pt") as handle:
+            value = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
+            recorded = (handle.metadata() or {}).get("content")
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    if recorded != content_key(key, value, {}):
+        raise ValueError("its content is not what was written")
+    return value

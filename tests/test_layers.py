@@ -28,10 +28,12 @@ LAYERS = (
     (
         "policies",
         "request",
+        "cached_stages",
         "guidance",
         "schedulers",
         "tokens",
         "vae_decode",
+        "stage_cache",
         "stage_calls",
         "conditioning",
         "video",
