@@ -109,6 +109,12 @@ def test_a_plan_can_be_written_by_hand() -> None:
     assert tea.coefficients == CONSISID_COEFFICIENTS
 
 
+def test_the_plan_on_the_page_is_one(repository: Path) -> None:
+    page = (repository / "docs" / "policies.md").read_text(encoding="utf-8")
+    plan = plan_from_json(json.loads(page.split("```json")[1].split("```")[0]))
+    assert None not in (plan.step_cache, plan.guidance_interval, plan.guidance_reuse, plan.identity_gate)
+
+
 @pytest.mark.parametrize(
     ("document", "message"),
     [
