@@ -3,7 +3,8 @@
 x: a step's latents, v: the network's velocity there, a and s the levels of signal and noise of the step,
 a^2 + s^2 = 1, so that x = a x0 + s e and v = a e - s x0 for a clean video x0 and noise e.
 
-    "residual"   keeps r = v - x and gives v = x + r; the form of EasyCache, MagCache and TeaCache
+    "residual"   keeps r = v - x and gives v = x + r; EasyCache's form, and with hidden states in place of
+                 x and v that of MagCache and TeaCache
     "velocity"   keeps v and gives it again
     "clean"      keeps x0 = a x - s v and gives v = (a x - x0) / s; with DDIM, which moves along constant x0
                  and e, the skipped step and the one before it are then together one longer step
