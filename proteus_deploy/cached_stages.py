@@ -71,7 +71,8 @@ class CachedStages:
             return found if features.keypoints is None else {**found, "keypoints": features.keypoints}
 
         facts = {**self._facts, "face_index": str(face_index)}
-        key = content_key("photo", {"pixels": torch.from_numpy(pixels)}, facts)
+        # A copy: the array may be read-only, which torch warns about.
+        key = content_key("photo", {"pixels": torch.tensor(pixels)}, facts)
         found = self._cache.result(key, encode)
         states = tuple(found[f"hidden_{index}"] for index in range(HIDDEN_STATES))
         features = IdentityFeatures(found["id_cond"], states, found.get("keypoints"))

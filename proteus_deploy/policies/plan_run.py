@@ -44,7 +44,7 @@ class _Kept:
 
 
 class PlanRun:
-    """Make one for each request (or batch) and ask it in each step: begin, keep if computed, prediction."""
+    """Make one for each request (or batch) and ask it in each step: begin, keep if computed, velocity."""
 
     def __init__(self, plan: Plan | None, timesteps: Sequence[int], *, guided: bool) -> None:
         self._plan = plan or Plan()
