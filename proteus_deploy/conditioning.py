@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from proteus_deploy.cached_stages import CachedStages
 from proteus_deploy.errors import InputError
 from proteus_deploy.identity.features import IdentityFeatures
 from proteus_deploy.model.config import TransformerConfig
@@ -43,14 +44,13 @@ class Condition:
     gate: Tensor
     generators: list[torch.Generator]
     schedules: tuple[Tensor, ...]  # per video: face tokens of all timesteps, [T, Q, d_face]
-    guided: bool
 
-    def face_tokens(self, index: int) -> Tensor:
-        """Face tokens of step `index`: [1, Q, d] for one video, else one row per row of the batch."""
-        rows = torch.stack([schedule[index] for schedule in self.schedules])
+    def face_tokens(self, index: int, rows: int) -> Tensor:
+        """Face tokens of step `index`: [1, Q, d] for one video, else one of each row, B or 2B."""
+        tokens = torch.stack([schedule[index] for schedule in self.schedules])
         if len(self.schedules) == 1:
-            return rows
-        return torch.cat((rows, rows)) if self.guided else rows
+            return tokens
+        return tokens.repeat(rows // len(self.schedules), 1, 1)
 
 
 class Conditioner:
@@ -62,6 +62,7 @@ class Conditioner:
         vae: Mapping[str, Any],
         tokenizer: Path,
         face_encoder: Path | None,
+        cached: CachedStages,
     ) -> None:
         self._stages = stages
         self._backend = backend
@@ -70,6 +71,7 @@ class Conditioner:
         self._tokenizer = Tokenizer(tokenizer)
         self._face_encoder = face_encoder
         self._identity_encoder: IdentityEncoder | None = None
+        self._cached = cached
 
     @property
     def identity_encoder(self) -> IdentityEncoder:
@@ -116,12 +118,11 @@ class Conditioner:
             gate=torch.tensor([requests[0].identity_scale], dtype=torch.float32),
             generators=generators,
             schedules=schedules,
-            guided=guided,
         )
 
     def _identity(self, request: GenerateRequest) -> tuple[IdentityFeatures, Any]:
         if request.photo is not None:
-            return self.identity_encoder.encode(request.photo, face_index=request.face_index)
+            return self._cached.read_photo(self.identity_encoder, request.photo, request.face_index)
         if request.identity is None:
             raise InputError("a request needs photo, or both identity and condition_image")
         found = request.identity.id_cond.shape[-1], request.identity.id_vit_hidden[0].shape[-1]
@@ -171,7 +172,7 @@ class Conditioner:
     def _embed(self, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
         tokens = [self._tokenizer(text, length) for text in texts]
         # One prompt at a time, whatever the batch: the text stage is tuned for it and results can be cached.
-        embedded = [self._stages["text_encoder"](input_ids=ids)["text"] for ids, _ in tokens]
+        embedded = [self._cached("text_encoder", {"input_ids": ids})["text"] for ids, _ in tokens]
         return torch.cat(embedded), torch.cat([mask for _, mask in tokens]).to(embedded[0].device)
 
     def _fuse(
@@ -183,7 +184,9 @@ class Conditioner:
         for request, identity in zip(requests, identities, strict=True):
             text, _ = self._embed([request.identity_prompt], request.max_identity_length or 1)
             states = {f"hidden_{index}": state for index, state in enumerate(identity.id_vit_hidden)}
-            outputs = self._stages["identity_fusion"](identity_text=text, id_cond=identity.id_cond, **states)
+            outputs = self._cached(
+                "identity_fusion", {"identity_text": text, "id_cond": identity.id_cond, **states}
+            )
             fused.append(outputs["fused"])
         return torch.cat(fused)
 
@@ -201,10 +204,12 @@ class Conditioner:
         inputs: dict[str, Tensor] = {"id_cond": identity.id_cond, **states}
         if fused is not None:
             inputs["fused"] = fused
-        stage = self._stages["identity_schedule"]
-        wanted = {name: value for name, value in inputs.items() if name in stage.inputs}
+        name = "identity_schedule"
+        wanted = {key: value for key, value in inputs.items() if key in self._stages[name].inputs}
         most = self._backend.table.axes["T"].max
-        parts = [stage(timesteps=part, **wanted)["face_tokens"] for part in timesteps.split(most)]
+        parts = [
+            self._cached(name, {"timesteps": part, **wanted})["face_tokens"] for part in timesteps.split(most)
+        ]
         return torch.cat(parts)
 
 

@@ -27,7 +27,6 @@ def guidance_scale(request: GenerateRequest, index: int, timestep: int) -> float
     return 1 + request.guidance_scale * (1 - math.cos(math.pi * phase)) / 2
 
 
-def combine_guidance(velocity: Tensor, scale: float) -> Tensor:
-    """[2B, ...] (negative prompts first) -> [B, ...]: v_neg + w (v - v_neg)."""
-    negative, positive = velocity.chunk(2)
+def combine_guidance(negative: Tensor, positive: Tensor, scale: float) -> Tensor:
+    """Velocities under the negative prompts and the prompts, [B, ...] each: v_neg + w (v - v_neg)."""
     return negative + scale * (positive - negative)

@@ -17,15 +17,19 @@ import torch
 from torch import Tensor
 
 from proteus_deploy.bundle import Bundle
+from proteus_deploy.cached_stages import CachedStages
 from proteus_deploy.checkpoint import Checkpoint
 from proteus_deploy.conditioning import Conditioner
 from proteus_deploy.errors import Cancelled, ComputationError, InputError
-from proteus_deploy.guidance import combine_guidance, guidance_scale
+from proteus_deploy.guidance import guidance_scale
 from proteus_deploy.model.config import TransformerConfig
+from proteus_deploy.policies.plan_run import PlanRun
+from proteus_deploy.policies.reuse import Prediction
 from proteus_deploy.request import GenerateRequest, request_digest, resolve_request
 from proteus_deploy.runtime import open_bundle_backend
 from proteus_deploy.runtime.backend import Backend, resolve_dtype, short_dtype
 from proteus_deploy.schedulers import Stepper
+from proteus_deploy.stage_cache import StageCache
 from proteus_deploy.stage_calls import Stages, stages_of
 from proteus_deploy.stage_table import VAE_SPATIAL, latent_frames
 from proteus_deploy.vae_decode import Tiling, decode
@@ -43,7 +47,9 @@ Phase = Literal["identity", "text", "schedule", "denoise", "decode"]
 class StepEvent:
     """After one denoising step: index 0..total-1, its timestep, latents [B, F, C, h, w] and wall seconds.
 
-    The latents are a copy: they stay as they are, and changing them changes nothing in the run.
+    computed: False where the request's plan let the step reuse an earlier one.
+    prediction: what the step began with, and the velocities before guidance.
+    All tensors are copies: they stay as they are, and changing them changes nothing in the run.
     """
 
     index: int
@@ -51,6 +57,8 @@ class StepEvent:
     timestep: int
     latents: Tensor
     seconds: float
+    computed: bool = True
+    prediction: Prediction | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,12 @@ class Pipeline:
         face_encoder: Path | None,
         *,
         vae_tiling: bool | Tiling = False,
+        cache: StageCache | None = None,
+        weights: Callable[[], str] | None = None,
     ) -> None:
+        """cache: None, or where results of text and identity stages are kept (stage_cache.py); weights() is
+        then the hash of the weights, by which it tells networks apart.
+        """
         self.backend = backend
         self.config = config
         if not isinstance(vae_tiling, bool | Tiling):
@@ -86,7 +99,13 @@ class Pipeline:
         self.stages: Stages = stages_of(backend, config, self.tiling)
         self._vae = vae
         self._scheduler = scheduler
-        self._conditioner = Conditioner(self.stages, backend, config, vae, tokenizer, face_encoder)
+        if cache is not None and weights is None:
+            raise InputError(
+                "cache is given and weights isn't; use from_checkpoint or from_bundle, which know them, or "
+                "pass weights=lambda: their hash"
+            )
+        cached = CachedStages(self.stages, backend, cache, weights or str)
+        self._conditioner = Conditioner(self.stages, backend, config, vae, tokenizer, face_encoder, cached)
 
     @classmethod
     def from_checkpoint(
@@ -97,9 +116,11 @@ class Pipeline:
         dtype: str | torch.dtype = "float32",
         compiled: bool = False,
         vae_tiling: bool | Tiling = False,
+        cache: StageCache | None = None,
     ) -> Pipeline:
         """The PyTorch reference on a checkpoint folder. Weights are read on first use of each stage.
 
+        cache: keeps results of text and identity stages across requests; its first use hashes the folder.
         Raises CheckpointError, BackendError or InputError.
         """
         from proteus_deploy.runtime.eager import EagerBackend
@@ -114,6 +135,8 @@ class Pipeline:
             checkpoint.tokenizer,
             checkpoint.face_encoder,
             vae_tiling=vae_tiling,
+            cache=cache,
+            weights=lambda: checkpoint.hash,
         )
 
     @classmethod
@@ -124,9 +147,11 @@ class Pipeline:
         backend: str = "onnxruntime",
         device: str | torch.device | None = None,
         vae_tiling: bool | Tiling = False,
+        cache: StageCache | None = None,
     ) -> Pipeline:
         """An exported bundle on the named backend: onnxruntime, openvino or tensorrt.
 
+        cache: keeps results of text and identity stages across requests.
         Raises BundleError or BackendError. No other backend is tried in its place.
         """
         bundle = folder if isinstance(folder, Bundle) else Bundle.open(folder)
@@ -140,6 +165,8 @@ class Pipeline:
             bundle.folder / "tokenizer",
             faces if faces.is_dir() else None,
             vae_tiling=vae_tiling,
+            cache=cache,
+            weights=lambda: bundle.hash,
         )
 
     def __enter__(self) -> Self:
@@ -194,8 +221,8 @@ class Pipeline:
     ) -> list[Video]:
         """Several videos of one size in one batch, each with its own prompts, photo and seed.
 
-        The requests must agree in size, frames, steps, guidance and scheduler. Each video is the one that
-        `generate` gives for its request, up to rounding. initial_latents: [B, F, C, h, w].
+        The requests must agree in size, frames, steps, guidance, scheduler and plan. Each video is the one
+        that `generate` gives for its request, up to rounding. initial_latents: [B, F, C, h, w].
         """
         if isinstance(requests, GenerateRequest) or not isinstance(requests, Sequence):
             raise InputError(
@@ -204,35 +231,39 @@ class Pipeline:
             )
         watch = _Watch(on_progress, cancel)
         resolved = [resolve_request(request, self.config) for request in requests]
-        plan = _common_plan(resolved)
-        self._check_ranges(plan, len(resolved))
+        shared = _common_settings(resolved)
+        self._check_ranges(shared, len(resolved))
         watch.check()
-        stepper = Stepper(self._scheduler, plan.scheduler, plan.num_inference_steps)
+        stepper = Stepper(self._scheduler, shared.scheduler, shared.num_inference_steps)
+        policy = PlanRun(shared.plan, stepper.timesteps.tolist(), guided=shared.guided)
         condition = self._conditioner.prepare(resolved, stepper.timesteps, watch)
         latents = self._initial_latents(resolved, condition.generators, initial_latents)
-        latents = latents * stepper.init_noise_sigma
+        latents, total = latents * stepper.init_noise_sigma, len(stepper.timesteps)
         for index, timestep in enumerate(stepper.timesteps.tolist()):
             watch.check()
             started = time.perf_counter()
-            rows = torch.cat([latents, latents]) if plan.guided else latents
-            velocity = self.stages["denoiser"](
-                latents=torch.cat((stepper.scale_input(rows, index), condition.image), dim=2),
-                text=condition.text,
-                timestep=torch.full((rows.shape[0],), timestep, device=rows.device),
-                face_tokens=condition.face_tokens(index),
-                identity_gate=condition.gate,
-            )["velocity"].float()
-            if plan.guided:
-                velocity = combine_guidance(velocity, guidance_scale(plan, index, timestep))
+            step = policy.begin(index, latents, stepper.levels(index))
+            if step.computed:
+                rows = stepper.scale_input(torch.cat([latents, latents]) if step.both else latents, index)
+                velocity = self.stages["denoiser"](
+                    latents=torch.cat((rows, condition.image[-len(rows) :]), dim=2),
+                    text=condition.text[-len(rows) :],
+                    timestep=torch.full((len(rows),), timestep, device=rows.device),
+                    face_tokens=condition.face_tokens(index, len(rows)),
+                    identity_gate=condition.gate * step.gate,
+                )["velocity"]
+                policy.keep(step, velocity.float())
+            velocity = policy.velocity(guidance_scale(shared, index, timestep))
             latents = stepper.step(velocity, index, latents, condition.generators).to(self.backend.dtype)
-            self._check_finite(latents, index, len(stepper.timesteps))
+            self._check_finite(latents, index, total)
             seconds = time.perf_counter() - started
             if on_step is not None:
                 with torch.inference_mode(False):
-                    copy = latents.clone()
-                on_step(StepEvent(index, len(stepper.timesteps), timestep, copy, seconds))
-            watch("denoise", index + 1, len(stepper.timesteps))
-        return [self._finish(one, row, watch) for one, row in zip(resolved, latents, strict=True)]
+                    copy, prediction = latents.clone(), policy.prediction().copy()
+                on_step(StepEvent(index, total, timestep, copy, seconds, step.computed, prediction))
+            watch("denoise", index + 1, total)
+        steps = policy.record()
+        return [self._finish(one, row, steps, watch) for one, row in zip(resolved, latents, strict=True)]
 
     def _check_finite(self, latents: Tensor, index: int, total: int) -> None:
         if not bool(torch.isfinite(latents).all()):
@@ -242,10 +273,14 @@ class Pipeline:
                 "fp16, else check the weights with: proteus-deploy verify"
             )
 
-    def _finish(self, request: GenerateRequest, latents: Tensor, watch: _Watch) -> Video:
+    def _finish(
+        self, request: GenerateRequest, latents: Tensor, steps: dict[str, list[int]], watch: _Watch
+    ) -> Video:
         frames = self._decode(latents, request, watch)
         metadata = {"request": request_digest(request), "seed": request.seed, "backend": self.backend.name}
         metadata["dtype"] = short_dtype(self.backend.dtype)
+        if request.plan is not None:
+            metadata["steps"] = steps
         return Video(frames, request.fps, metadata)
 
     def _decode(self, latents: Tensor, request: GenerateRequest, watch: _Watch) -> Tensor:
@@ -266,13 +301,13 @@ class Pipeline:
     ) -> Tensor:
         from diffusers.utils.torch_utils import randn_tensor
 
-        plan, backbone = requests[0], self.config.backbone
+        shared, backbone = requests[0], self.config.backbone
         shape = (
             len(requests),
-            latent_frames(plan.num_frames or 0, backbone),
+            latent_frames(shared.num_frames or 0, backbone),
             backbone.latent_channels,
-            (plan.height or 0) // VAE_SPATIAL,
-            (plan.width or 0) // VAE_SPATIAL,
+            (shared.height or 0) // VAE_SPATIAL,
+            (shared.width or 0) // VAE_SPATIAL,
         )
         if given is None:
             one_or_all = generators[0] if len(generators) == 1 else generators
@@ -290,21 +325,21 @@ class Pipeline:
             )
         return given.to(self.backend.device, self.backend.dtype)
 
-    def _check_ranges(self, plan: GenerateRequest, videos: int) -> None:
+    def _check_ranges(self, shared: GenerateRequest, videos: int) -> None:
         if not self.backend.checks_ranges:
             return
         backbone = self.config.backbone
         patch_t, step = backbone.patch_size_t or 1, backbone.temporal_compression_ratio
         pixels = VAE_SPATIAL * backbone.patch_size
-        rows_per_video = 2 if plan.guided else 1
+        rows_per_video = 2 if shared.guided else 1
         longest = (self.backend.table.axes["f"].max * patch_t - 1) * step + 1
-        frames = latent_frames(plan.num_frames or 0, backbone) // patch_t
+        frames = latent_frames(shared.num_frames or 0, backbone) // patch_t
         # (what the caller wrote, its value, symbol of the table, its size, one symbol in the caller's unit)
         for name, value, symbol, size, unit in (
-            ("height", plan.height, "y", (plan.height or 0) // pixels, pixels),
-            ("width", plan.width, "x", (plan.width or 0) // pixels, pixels),
-            ("max_sequence_length", plan.max_sequence_length, "L", plan.max_sequence_length or 0, 1),
-            ("num_frames", plan.num_frames, "f", frames, None),
+            ("height", shared.height, "y", (shared.height or 0) // pixels, pixels),
+            ("width", shared.width, "x", (shared.width or 0) // pixels, pixels),
+            ("max_sequence_length", shared.max_sequence_length, "L", shared.max_sequence_length or 0, 1),
+            ("num_frames", shared.num_frames, "f", frames, None),
             ("videos in a batch", videos, "B", videos * rows_per_video, None),
         ):
             bounds = self.backend.table.axes[symbol]
@@ -335,7 +370,7 @@ class _Watch:
             self.check()
 
 
-def _common_plan(requests: Sequence[GenerateRequest]) -> GenerateRequest:
+def _common_settings(requests: Sequence[GenerateRequest]) -> GenerateRequest:
     """The first request, after checking that all agree in what a batch shares."""
     if not requests:
         raise InputError("no requests were given; pass at least one")
@@ -350,9 +385,16 @@ def _common_plan(requests: Sequence[GenerateRequest]) -> GenerateRequest:
         "scheduler",
         "max_sequence_length",
         "identity_scale",
+        "plan",
     )
     for name in shared:
         values = {getattr(request, name) for request in requests}
         if len(values) > 1:
             raise InputError(f"requests in one batch must agree in {name}; found {sorted(map(str, values))}")
+    cache = requests[0].plan.step_cache if requests[0].plan is not None else None
+    if cache is not None and cache.needs_latents and len(requests) > 1:
+        raise InputError(
+            f"the plan's {cache.kind} chooses steps by a video's own latents, so {len(requests)} videos "
+            "can't share its choice; make them one by one, or choose a cache that is calibrated beforehand"
+        )
     return requests[0]

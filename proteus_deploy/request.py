@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from proteus_deploy.errors import InputError
-from proteus_deploy.model.config import TransformerConfig
+from proteus_deploy.model.config import TransformerConfig, shortened
+from proteus_deploy.policies.plan import Plan
 from proteus_deploy.stage_table import VAE_SPATIAL, fixed_size, sample_size
 from proteus_deploy.vae_decode import output_frames
 
@@ -42,6 +43,7 @@ class GenerateRequest:
     authors' code; "corrected": it follows the step index, as CogVideoX's paper code meant it.
     seed: None draws one and records it; 0 is a seed like any other.
     scheduler: None takes the checkpoint's.
+    plan: what may be left out of the loop (docs/policies.md); None computes everything.
     """
 
     prompt: str
@@ -64,6 +66,7 @@ class GenerateRequest:
     max_sequence_length: int | None = None
     max_identity_length: int | None = None
     identity_scale: float | None = None
+    plan: Plan | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -74,10 +77,12 @@ class GenerateRequest:
         """JSON-able facts of the request: everything but the images and tensors themselves."""
         document = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_JSON}
         document["photo"] = str(self.photo) if isinstance(self.photo, str | Path) else None
+        if self.plan is not None:
+            document["plan"] = self.plan.to_json()
         return document
 
 
-_NOT_JSON = {"photo", "identity", "condition_image", "metadata"}
+_NOT_JSON = {"photo", "identity", "condition_image", "plan", "metadata"}
 
 
 def resolve_request(request: GenerateRequest, config: TransformerConfig) -> GenerateRequest:
@@ -108,6 +113,7 @@ def resolve_request(request: GenerateRequest, config: TransformerConfig) -> Gene
     _check_text(filled, config)
     _check_numbers(filled)
     _check_size(filled, config)
+    _check_plan(filled)
     _warn_of_extra_frames(filled, config)
     return filled
 
@@ -296,6 +302,17 @@ def _check_size(request: GenerateRequest, config: TransformerConfig) -> None:
                 f"num_frames, height, width are {asked}; "
                 f"this checkpoint has a position table for {made_for} only"
             )
+
+
+def _check_plan(request: GenerateRequest) -> None:
+    plan: Any = request.plan
+    if plan is None:
+        return
+    if not isinstance(plan, Plan):
+        raise InputError(
+            f"plan is {shortened(plan)}; pass a Plan (policies.plan_from_json makes one), or None"
+        )
+    plan.check(steps=request.num_inference_steps, guided=request.guided)
 
 
 def _warn_of_extra_frames(request: GenerateRequest, config: TransformerConfig) -> None:

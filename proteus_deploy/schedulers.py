@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from proteus_deploy.errors import InputError
+from proteus_deploy.policies.reuse import Levels
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -40,6 +41,11 @@ class Stepper:
 
     def scale_input(self, latents: Tensor, index: int) -> Tensor:
         return self._scheduler.scale_model_input(latents, self.timesteps[index])  # type: ignore[no-any-return]
+
+    def levels(self, index: int) -> Levels:
+        """How much signal and how much noise the latents before step `index` hold."""
+        signal = float(self._scheduler.alphas_cumprod[int(self.timesteps[index])])
+        return Levels(signal**0.5, (1 - signal) ** 0.5)
 
     def step(self, velocity: Tensor, index: int, latents: Tensor, generators: list[Generator]) -> Tensor:
         """latents after step `index`. Random numbers come from `generators`, one per video."""

@@ -71,6 +71,12 @@ def _add_video_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--scheduler", choices=("dpm", "ddim"), help=own)
     parser.add_argument(
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="JSON of what may be left out of the loop (docs/policies.md)",
+    )
+    parser.add_argument(
         "--face-index", type=int, help="which face of the photo, from the left, from 0 (default: the largest)"
     )
 
@@ -116,6 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
         "dtype": video.metadata["dtype"],
         "source": kind,
         "num_inference_steps": request.num_inference_steps,
+        "steps": video.metadata.get("steps"),
         "seconds": round(seconds, 3),
     }
     _print(document, arguments)
@@ -140,6 +147,7 @@ def _check_files(arguments: argparse.Namespace) -> None:
 
 
 def _request(arguments: argparse.Namespace) -> GenerateRequest:
+    from proteus_deploy.policies import read_plan
     from proteus_deploy.request import GenerateRequest
 
     return GenerateRequest(
@@ -158,6 +166,7 @@ def _request(arguments: argparse.Namespace) -> GenerateRequest:
         dynamic_cfg=arguments.dynamic_cfg or "published",
         seed=arguments.seed,
         scheduler=arguments.scheduler,
+        plan=read_plan(arguments.plan) if arguments.plan is not None else None,
     )
 
 
@@ -192,6 +201,11 @@ def _open(kind: str, arguments: argparse.Namespace) -> Pipeline:
     )
 
 
+def _steps(document: dict[str, Any]) -> str:
+    total, under_plan = document["num_inference_steps"], document["steps"]
+    return str(total) if under_plan is None else f"{total}, {len(under_plan['computed'])} of them computed"
+
+
 def _print(document: dict[str, Any], arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(document)
@@ -202,7 +216,7 @@ def _print(document: dict[str, Any], arguments: argparse.Namespace) -> None:
         ("size", f"{document['width']}x{document['height']}"),
         ("fps", f"{document['fps']:g}"),
         ("seed", str(document["seed"])),
-        ("steps", str(document["num_inference_steps"])),
+        ("steps", _steps(document)),
         ("backend", f"{document['backend']}, {document['dtype']}{default}"),
         ("seconds", f"{document['seconds']:.1f}"),
     ]

@@ -70,6 +70,19 @@ def test_json_is_the_only_thing_on_standard_output(
     assert len(list(frames.glob("frame_*.png"))) == 9
 
 
+def test_a_plan_is_followed_and_recorded(
+    tiny_checkpoint: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, plan = tmp_path / "out.mp4", tmp_path / "plan.json"
+    cache = {"kind": "magcache", "threshold": 1, "ratios": [1, 1], "warmup": 1, "last": 0}
+    plan.write_text(json.dumps({"step_cache": cache}))
+    assert main(_words(tiny_checkpoint, photo, output, "--plan", str(plan))) == 0
+    assert re.search(r"steps +2, 1 of them computed", capsys.readouterr().out)
+    metadata = read_video(output).metadata
+    assert metadata["steps"] == {"computed": [0], "skipped": [1], "both_prompts": [0]}
+    assert metadata["request"]["plan"]["step_cache"]["kind"] == "magcache"
+
+
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_video_from_a_bundle(
     tiny_bundle: Path,
@@ -101,6 +114,7 @@ def test_video_from_a_bundle(
         (["--backend", "onnxruntime"], "backend 'onnxruntime' runs a bundle.*proteus-deploy export"),
         (["--dynamic-cfg", "corrected"], "add --use-dynamic-cfg"),
         (["--face-index", "5"], "5"),
+        (["--plan", "absent.json"], r"absent\.json is missing"),
         (["--photo", "absent.png"], r"absent\.png is not a file"),
         (["--output", "video.avi"], r"--output is video\.avi.*try video\.mp4"),
         (["--output", "video"], r"--output is video; .*try video\.mp4"),

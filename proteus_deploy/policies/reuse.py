@@ -1,0 +1,68 @@
+"""What is kept of a computed step, and the velocity that a skipped step makes of it.
+
+x: a step's latents, v: the network's velocity there, a and s the levels of signal and noise of the step,
+a^2 + s^2 = 1, so that x = a x0 + s e and v = a e - s x0 for a clean video x0 and noise e.
+
+    "residual"   keeps r = v - x and gives v = x + r; EasyCache's form, and with hidden states in place of
+                 x and v that of MagCache and TeaCache
+    "velocity"   keeps v and gives it again
+    "clean"      keeps x0 = a x - s v and gives v = (a x - x0) / s; with DDIM, which moves along constant x0
+                 and e, the skipped step and the one before it are then together one longer step
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Reuse = Literal["residual", "velocity", "clean"]
+REUSES: tuple[Reuse, ...] = ("residual", "velocity", "clean")
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Signal a (1 to 0) and noise s (0 to 1) of a step, a^2 + s^2 = 1."""
+
+    signal: float
+    noise: float
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """A step's input and its output, computed or reused.
+
+    latents: [B, F, C, h, w], what the step began with, in the backend's precision.
+    positive: float32 of the same shape, the velocity under the prompt.
+    negative: the same under the negative prompt; None where guidance doesn't act.
+    """
+
+    latents: Tensor
+    levels: Levels
+    positive: Tensor
+    negative: Tensor | None = None
+
+    def copy(self) -> Prediction:
+        """The same numbers in tensors of their own."""
+        negative = None if self.negative is None else self.negative.clone()
+        return Prediction(self.latents.clone(), self.levels, self.positive.clone(), negative)
+
+
+def keep(reuse: Reuse, velocity: Tensor, latents: Tensor, levels: Levels) -> Tensor:
+    """What is remembered of a velocity, float32 [B, F, C, h, w], computed at `latents`."""
+    if reuse == "velocity":
+        return velocity
+    if reuse == "residual":
+        return velocity - latents.float()
+    return levels.signal * latents.float() - levels.noise * velocity
+
+
+def restore(reuse: Reuse, kept: Tensor, latents: Tensor, levels: Levels) -> Tensor:
+    """The velocity, float32 [B, F, C, h, w], that what was kept gives at other latents and levels."""
+    if reuse == "velocity":
+        return kept
+    if reuse == "residual":
+        return latents.float() + kept
+    return (levels.signal * latents.float() - kept) / levels.noise
