@@ -80,10 +80,9 @@ def identity_attention_token_gradient_kernel(
     g_rows = grad + sample * g_b + row * g_n
     h_rows = hidden + sample * h_b + row * h_n
     out_rows = out + flat_row * D
-    part = gate_parts + sample * tl.num_programs(0) + tl.program_id(0)
     strength = tl.load(gate).to(tl.float32)
     if (strength == 0.0) & (gate_wanted == 0):
-        tl.store(part, 0.0)
+        tl.store(gate_parts + flat_row, tl.zeros([BLOCK_N], tl.float32), mask=row_mask)
         copy_rows(g_rows, g_d, out_rows, row_mask, D, BLOCK_OUT)
     else:
         A += sample * A_b
@@ -110,7 +109,7 @@ def identity_attention_token_gradient_kernel(
             )
             back = multiply_add(g, b, back)
         through = weights * back
-        tl.store(part, tl.sum(tl.sum(through, axis=1), axis=0))
+        tl.store(gate_parts + flat_row, tl.sum(through, axis=1), mask=row_mask)
         scores = (strength * score_gradient(weights, through, BLOCK_N, BLOCK_H, BLOCK_Q)).to(kind)
         # The means come from the rounded scores that the product below sees, so that they cancel with it.
         rounded = scores.to(tl.float32)
@@ -224,9 +223,8 @@ def backward(
     A_kind, Bm_kind = A.to(hidden.dtype), Bm.to(hidden.dtype)
     grad = grad.to(hidden.dtype)
     space = token_space(width, heads, queries, hidden.dtype)
-    # Zeros, as the number of blocks depends on the configuration that tuning settles on.
-    smallest = min(dict(config.blocks)["BLOCK_N"] for config in space)
-    gate_parts = torch.zeros(batch, -(-tokens // smallest), dtype=torch.float32, device=hidden.device)
+    # One for each token, so that the sum's order doesn't follow the size of a block.
+    gate_parts = new(batch, tokens, dtype=torch.float32)
     gradient = {"grad": grad, "g_b": grad.stride(0), "g_n": grad.stride(1), "g_d": grad.stride(2)}
     shared = small_side(hidden, A_kind, a0, Bm_kind, gate)
     kept = {"weights": weights, "scores": scores, "mean": mean, "scale": scale}

@@ -123,7 +123,8 @@ def test_any_strides(randn: Randn, strided: Callable[[Tensor], Tensor]) -> None:
     views = FoldedIdentity(*(strided(x) for x in folded))
     got = fused_identity_attention(strided(hidden), views, gate=gate, heads=heads)
     assert got.is_contiguous()
-    assert torch.equal(got, want)
+    # Not bit for bit: the sums of A's columns are PyTorch's, whose order follows the strides.
+    assert_close("strided", got, want, TOLERANCES["kernel", "float32"])
     joint = torch.cat((hidden.new_full((2, 3, 33), float("nan")), hidden), dim=1)
     assert torch.equal(fused_identity_attention(joint[:, 3:], folded, gate=gate, heads=heads), want)
 
