@@ -25,6 +25,9 @@ def group_columns(first_head, H: tl.constexpr, Q: tl.constexpr, BLOCK_H: tl.cons
     """Columns of BLOCK_H heads, padded to BLOCK_Q each: their index in C, and which of them exist."""
     padded = tl.arange(0, BLOCK_H * BLOCK_Q)
     head = first_head + padded // BLOCK_Q
+    if Q == BLOCK_Q:
+        # Nothing is padded inside a head: said this way, the compiler sees neighbours and moves vectors.
+        return first_head * Q + padded, head < H
     query = padded % BLOCK_Q
     return head * Q + query, (head < H) & (query < Q)
 

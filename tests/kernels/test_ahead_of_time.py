@@ -25,8 +25,9 @@ from proteus_deploy.kernels.launch import SHARED_LIMIT_KIB
 KERNELS = {
     "gated_residual_norm_kernel",
     "identity_attention_kernel",
+    "identity_attention_hidden_gradient_kernel",
+    "identity_attention_score_gradient_kernel",
     "identity_attention_small_gradient_kernel",
-    "identity_attention_token_gradient_kernel",
     "modulated_norm_kernel",
     "qk_norm_rotary_kernel",
 }
