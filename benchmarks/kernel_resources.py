@@ -41,7 +41,10 @@ def main() -> int:
     arguments = parser.parse_args()
     launches = published_launches(_DTYPES[arguments.dtype])
     targets = tuple(arguments.target or TARGETS)
-    rows = list(kernel_resources(launches, targets, defaults_only=arguments.defaults_only))
+    rows = []
+    for row in kernel_resources(launches, targets, defaults_only=arguments.defaults_only):
+        print(f"{row.target} {row.kernel} {row.blocks}: {row.status}", file=sys.stderr, flush=True)
+        rows.append(row)
     print(markdown_table(rows))
     bad = [row for row in rows if row.status != "ok"]
     if arguments.output:
