@@ -38,9 +38,12 @@ class LaunchConfig:
     warps: int
     stages: int
     shared_kib: int = 0  # most shared memory a block of it takes; the ahead-of-time report holds it to that
+    only_on: tuple[int, ...] = ()  # compute capabilities outside which it would spill; empty: everywhere
 
     def fits(self, capability: int) -> bool:
-        """Whether devices of this compute capability (90 for sm_90) have the shared memory."""
+        """Whether devices of this compute capability (90 for sm_90) have the shared memory and registers."""
+        if self.only_on and capability not in self.only_on:
+            return False
         return self.shared_kib <= SHARED_LIMIT_KIB.get(capability, min(SHARED_LIMIT_KIB.values()))
 
 
@@ -110,8 +113,8 @@ def launch(
     fitting = tuple(config for config in space if config.fits(10 * major + minor))
     if not fitting:
         raise BackendError(
-            f"{name}: each configuration needs at least {min(config.shared_kib for config in space)} KiB of "
-            f"shared memory, more than a block on sm_{major}{minor} has; use backend='reference'"
+            f"{name}: no configuration fits sm_{major}{minor}; the least takes "
+            f"{min(config.shared_kib for config in space)} KiB of shared memory. Use backend='reference'"
         )
     with torch.cuda.device(device):
         if _autotuning.get() and len(fitting) > 1:

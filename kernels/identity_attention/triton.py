@@ -150,7 +150,7 @@ def forward_space(width: int, heads: int, queries: int, dtype: torch.dtype) -> t
     wide = dtype.itemsize // 2  # float32 takes twice the bytes for the same block
 
     def config(
-        n: int, d: int, out: int, groups: int, warps: int, stages: int, shared_kib: int
+        n: int, d: int, out: int, groups: int, warps: int, stages: int, shared_kib: int, *only_on: int
     ) -> LaunchConfig:
         blocks = (
             ("BLOCK_N", n),
@@ -158,16 +158,19 @@ def forward_space(width: int, heads: int, queries: int, dtype: torch.dtype) -> t
             ("BLOCK_OUT", min(max(16, out // wide), max(16, power_of_two(width)))),
             *head_blocks(heads, queries, groups),
         )
-        return LaunchConfig(blocks, warps, stages, shared_kib)
+        return LaunchConfig(blocks, warps, stages, shared_kib, only_on)
 
     if power_of_two(queries) * power_of_two(heads) > GROUP_COLUMNS:
         return (config(32, 32, 32, 2, 8, 2, 99), config(64, 32, 32, 2, 8, 2, 227))
+    # 64 tokens stay in registers with Hopper's products alone.
     return (
-        config(64, 64, 64, 1, 8, 2, 227),
-        config(64, 32, 64, 1, 8, 2, 227),
-        config(64, 32, 32, 1, 8, 3, 227),
-        config(64, 32, 32, 1, 8, 2, 163),
+        config(64, 64, 64, 1, 8, 2, 227, 90),
+        config(64, 32, 64, 1, 8, 2, 227, 90),
+        config(64, 32, 32, 1, 8, 3, 227, 90),
+        config(32, 64, 64, 1, 8, 2, 163),
+        config(32, 32, 32, 1, 8, 3, 99),
         config(32, 32, 32, 1, 8, 2, 99),
+        config(32, 32, 32, 1, 16, 2, 99, 120),
     )
 
 

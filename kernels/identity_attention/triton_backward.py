@@ -210,11 +210,11 @@ def score_space(width: int, heads: int, queries: int, dtype: torch.dtype) -> tup
 def hidden_space(dtype: torch.dtype) -> tuple[LaunchConfig, ...]:
     depth = 64 // (dtype.itemsize // 2)
     return tuple(
-        LaunchConfig((("BLOCK_N", n), ("BLOCK_D", d), ("BLOCK_C", depth)), warps, stages, shared_kib)
-        for n, d, warps, stages, shared_kib in (
-            (128, 128, 8, 3, 163),
-            (128, 64, 8, 3, 99),
-            (64, 64, 4, 3, 99),
+        LaunchConfig((("BLOCK_N", n), ("BLOCK_D", d), ("BLOCK_C", depth)), warps, stages, shared_kib, only_on)
+        for n, d, warps, stages, shared_kib, only_on in (
+            (128, 128, 8, 3, 163, (90, 100)),
+            (128, 64, 8, 3, 99, ()),
+            (64, 64, 4, 3, 99, ()),
         )
     )
 
@@ -222,8 +222,12 @@ def hidden_space(dtype: torch.dtype) -> tuple[LaunchConfig, ...]:
 def small_space(dtype: torch.dtype) -> tuple[LaunchConfig, ...]:
     size = 64 // (dtype.itemsize // 2)
     return tuple(
-        LaunchConfig((("BLOCK_N", n), ("BLOCK_D", size), ("BLOCK_C", c)), warps, stages, 99)
-        for n, c, warps, stages in ((32, size, 4, 3), (64, size, 8, 2), (32, 2 * size, 8, 3))
+        LaunchConfig((("BLOCK_N", n), ("BLOCK_D", size), ("BLOCK_C", c)), warps, stages, 99, only_on)
+        for n, c, warps, stages, only_on in (
+            (64, size, 8, 2, ()),
+            (32, size, 4, 3, (90, 100, 120)),
+            (32, 2 * size, 8, 3, (90, 100, 120)),
+        )
     )
 
 
