@@ -187,7 +187,7 @@ def test_gradients_reach_key_value_and_every_weight(randn: Randn) -> None:
             gate=gate,
             heads=heads,
             backend=backend,
-            **weights,  # type: ignore[arg-type]
+            **weights,
         )
         out.square().sum().backward()
         grads.append([x.grad for x in mine])

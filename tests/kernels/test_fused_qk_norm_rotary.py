@@ -87,7 +87,9 @@ def test_mixed_dtypes(randn: Randn, double: Callable[[Any], Any]) -> None:
 def test_any_strides_give_the_same_bits(randn: Randn, strided: Callable[[Tensor], Tensor]) -> None:
     arguments = problem("odd", randn)
     want = fused_qk_norm_rotary(**arguments)
-    views = {name: strided(x) if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    views: dict[str, Any] = {
+        name: strided(x) if isinstance(x, Tensor) else x for name, x in arguments.items()
+    }
     assert all(map(torch.equal, fused_qk_norm_rotary(**views), want))
     packed = {**arguments, "query": arguments["query"].contiguous()}
     assert all(map(torch.equal, fused_qk_norm_rotary(**packed), want))
@@ -128,7 +130,7 @@ def test_wrong_inputs_are_refused_by_name(randn: Randn) -> None:
 def test_published_size(dtype: torch.dtype, randn: Randn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "published", (2, 226, 17_550, 48, 64))
     arguments = problem("published", randn, dtype)
-    wide = {name: x.float() if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    wide: dict[str, Any] = {name: x.float() if isinstance(x, Tensor) else x for name, x in arguments.items()}
     for which, mine, wanted in zip(
         ("query", "key"), fused_qk_norm_rotary(**arguments), qk_norm_rotary(**wide), strict=True
     ):

@@ -87,7 +87,9 @@ def test_mixed_dtypes(kinds: tuple[torch.dtype, torch.dtype], randn: Randn, doub
 
 def test_any_strides_give_the_same_bits(randn: Randn, strided: Strided) -> None:
     arguments = problem("odd", randn)
-    views = {name: strided(x) if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    views: dict[str, Any] = {
+        name: strided(x) if isinstance(x, Tensor) else x for name, x in arguments.items()
+    }
     for got, want in zip(
         fused_gated_residual_norm(**views), fused_gated_residual_norm(**arguments), strict=True
     ):
@@ -165,7 +167,7 @@ def test_wrong_inputs_are_refused_by_name(randn: Randn) -> None:
 def test_published_size(dtype: torch.dtype, randn: Randn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "published", (2, 226, 17_550, 3072))
     arguments = problem("published", randn, dtype)
-    wide = {name: x.float() if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    wide: dict[str, Any] = {name: x.float() if isinstance(x, Tensor) else x for name, x in arguments.items()}
     want = gated_residual_norm(**wide)
     for which, mine, wanted in zip(STREAMS, fused_gated_residual_norm(**arguments), want, strict=True):
         assert_close(which, mine, wanted, TOLERANCES["kernel", name_of(dtype)])
