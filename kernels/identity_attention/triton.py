@@ -162,8 +162,8 @@ def forward_space(width: int, heads: int, queries: int, dtype: torch.dtype) -> t
 
     if power_of_two(queries) * power_of_two(heads) > GROUP_COLUMNS:
         return (config(32, 32, 32, 2, 8, 2, 99), config(64, 32, 32, 2, 8, 2, 227))
-    # 64 tokens stay in registers with Hopper's products alone.
-    return (
+    # 64 tokens stay in registers with Hopper's 16-bit products alone.
+    points = (
         config(64, 64, 64, 1, 8, 2, 227, 90),
         config(64, 32, 64, 1, 8, 2, 227, 90),
         config(64, 32, 32, 1, 8, 3, 227, 90),
@@ -172,6 +172,7 @@ def forward_space(width: int, heads: int, queries: int, dtype: torch.dtype) -> t
         config(32, 32, 32, 1, 8, 2, 99),
         config(32, 32, 32, 1, 16, 2, 99, 120),
     )
+    return points if wide == 1 else tuple(point for point in points if not point.only_on)
 
 
 def forward(

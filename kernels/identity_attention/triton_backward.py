@@ -216,6 +216,7 @@ def hidden_space(dtype: torch.dtype) -> tuple[LaunchConfig, ...]:
             (128, 64, 8, 3, 99, ()),
             (64, 64, 4, 3, 99, ()),
         )
+        if dtype.itemsize == 2 or not only_on
     )
 
 
