@@ -172,7 +172,9 @@ def forward_space(width: int, heads: int, queries: int, dtype: torch.dtype) -> t
         config(32, 32, 32, 1, 8, 2, 99),
         config(32, 32, 32, 1, 16, 2, 99, 120),
     )
-    return points if wide == 1 else tuple(point for point in points if not point.only_on)
+    if wide == 1:
+        return points
+    return (config(32, 64, 64, 1, 8, 2, 163), config(16, 32, 32, 1, 8, 2, 99))
 
 
 def forward(
