@@ -18,6 +18,7 @@ _PACKAGES = (
     "openvino",
     "tensorrt_rtx",
     "tensorrt",
+    "triton",
 )
 
 
