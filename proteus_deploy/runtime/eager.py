@@ -52,7 +52,9 @@ class EagerBackend:
     def runner(self, graph: str) -> EagerGraph:
         if graph not in self._runners:
             contract = self.table.graph(graph)
-            module = self._factory(graph).materialise(self.dtype, self.device)
+            # First needed within a request, weights would be inference tensors, which nothing can change.
+            with torch.inference_mode(False):
+                module = self._factory(graph).materialise(self.dtype, self.device)
             self._runners[graph] = EagerGraph(contract, module, compiled=self._compiled)
         return self._runners[graph]
 

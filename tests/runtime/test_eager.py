@@ -40,6 +40,13 @@ def test_networks_are_for_inference_only(checkpoint: Checkpoint) -> None:
     assert not runner(**inputs)["face_tokens"].requires_grad
 
 
+def test_weights_first_read_within_a_request_are_ordinary_tensors(checkpoint: Checkpoint) -> None:
+    with torch.inference_mode():
+        module = EagerBackend(checkpoint).runner("identity_schedule").module
+    assert not any(value.is_inference() for value in module.state_dict().values())
+    module.load_state_dict({name: value.clone() for name, value in module.state_dict().items()})
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("graph", ["identity_schedule", "denoiser", "text_encoder", "vae_decoder_first_2"])
 def test_lower_precisions(checkpoint: Checkpoint, graph: str, dtype: torch.dtype) -> None:

@@ -222,11 +222,11 @@ def test_a_step_draws_the_same_canvases_whenever_it_is_taken(people: DrawnPeople
 
 
 def test_training_lowers_the_loss_and_ends_in_a_detector(tmp_path: Path) -> None:
-    settings = FitSettings(steps=24, learning_rate=8e-3, warmup=2, ema=0.5, log_every=1, seed=3)
+    settings = FitSettings(steps=40, learning_rate=8e-3, warmup=2, ema=0.5, log_every=1, seed=3)
     file = train_face_detector(tmp_path, people=2, settings=settings, batch=4, processes=1)
     log = (tmp_path / "face_detector.log.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [json.loads(line)["loss"] for line in log]
-    assert len(losses) == 24
+    assert len(losses) == 40
     assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
     boxes, landmarks = scrfd(file).detect(np.zeros((96, 96, 3), np.uint8))
     assert boxes.shape[1] == 5
