@@ -67,3 +67,41 @@ def test_means_of_consecutive_lines() -> None:
     assert points[0] == (5.0, 3 / 5)
     assert points[-1] == (100.0, 2 / 5)
     assert pictures._means(lines[:3], "step", "loss") == [(1.0, 1.0), (2.0, 0.0), (3.0, 1.0)]
+
+
+def test_the_documents_say_what_the_result_file_says(repository: Path) -> None:
+    file = repository / "benchmarks" / "results" / "tiny_model" / "quality.json"
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert len(found["videos"]) == 90
+    page = (repository / "docs" / "tiny-model.md").read_text(encoding="utf-8")
+    rows = {
+        cells[0].strip(): cells[1].strip()
+        for line in page.splitlines()
+        if line.startswith("| ") and len(cells := line.strip("|").split("|")) >= 3
+    }
+    shares = {
+        "share of that which videos reach": "own_relative_to_drawn_clips",
+        "nearest of the 30 photos is the person's": "nearest_is_right",
+        "colour of the clothes is the one asked for": "clothes_colour_is_right",
+        "colour of the background is the one asked for": "background_colour_is_right",
+        "sampled frames in which a face is found": "face_detection_rate",
+    }
+    for label, key in shares.items():
+        assert rows[label] == f"{found[key]:.0%}", label
+    drawn = f"{found['motion_of_drawn_clips_is_right']:.0%}"
+    motion = f"{found['motion_is_right']:.0%}"
+    assert rows[f"movement is the one asked for (drawn clips: {drawn})"] == motion
+    assert rows["difference, in its standard errors"] == (
+        f"{found['own_minus_others_in_standard_errors']:.0f}"
+    )
+    for label, key in (
+        ("FaceSim with the photo of the person", "own"),
+        ("FaceSim with photos of the 29 others", "others"),
+        ("FaceSim between two drawn clips of one person", "two_drawn_clips_of_one_person"),
+    ):
+        numbers = [f"{found[key][name]:.3f}" for name in ("mean", "ci_low", "ci_high")]
+        assert rows[label] == "{} (95% interval {} to {})".format(*numbers), label
+    readme = (repository / "README.md").read_text(encoding="utf-8")
+    assert f"| {found['nearest_is_right']:.0%} (" in readme
+    assert f"| {found['own_relative_to_drawn_clips']:.0%} |" in readme
+    assert f"{found['clothes_colour_is_right']:.0%}; {motion} |" in readme
