@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
 
 SEEDS = 3
 # Neither held out nor trained on: for choosing settings, such as the guidance scale, before measuring.
-_VALIDATION = range(31, 61)
+VALIDATION = range(31, 61)
 # Clip seeds of the prompts and of the ceiling; the photos are photo 0.
 _FIRST_CLIP, _OTHER_CLIP = 100, 200
 
@@ -222,17 +221,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from proteus_deploy.training.tiny_model.motion_classifier import drawn_motion_classifier
 
     encoders = load_encoders(given.encoders)
-    people = _VALIDATION if given.validation else HELD_OUT_SEEDS
+    people = VALIDATION if given.validation else HELD_OUT_SEEDS
     asked = cases(people[: given.people], given.seeds)
     backend, checkpoint_hash, pipeline = _open(given.model)
     videos = given.work / f"videos-{checkpoint_hash[:8]}-{backend}-guidance-{given.guidance_scale:g}"
     videos.mkdir(parents=True, exist_ok=True)
-    made, started = [], time.perf_counter()
+    made = []
     with pipeline:
         for number, case in enumerate(asked, start=1):
             made.append((case, generate(pipeline, case, given.guidance_scale, videos)))
             print(f"{number}/{len(asked)} {case.name}", file=sys.stderr, flush=True)
-    seconds_per_video = (time.perf_counter() - started) / len(asked)
     classifier = drawn_motion_classifier(given.work / "classifier")
     figures = measure(made, encoders, classifier)
     document = {
@@ -247,7 +245,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "seeds": given.seeds,
             "num_inference_steps": NUM_INFERENCE_STEPS,
             "guidance_scale": given.guidance_scale,
-            "seconds_per_video": seconds_per_video,
         },
         **figures,
     }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from proteus_deploy.model.networks import (
+    Kernels,
     Network,
     TextEncoder,
     VaeDecoderChunk,
@@ -30,9 +31,12 @@ def _same(name: str) -> str:
 class NetworkFactory:
     """Builds the networks of an opened checkpoint. Weight files are checked as a whole, once."""
 
-    def __init__(self, checkpoint: Checkpoint, *, folded: bool = False) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, *, folded: bool = False, kernels: Kernels = "reference"
+    ) -> None:
         self.checkpoint = checkpoint
         self.folded = folded
+        self.kernels: Kernels = kernels
         self._transformer: WeightSource | None = None
         self._vae: WeightSource | None = None
         self._text: WeightSource | None = None
@@ -40,7 +44,9 @@ class NetworkFactory:
     def __call__(self, graph: str) -> Network:
         """The network of one graph of the stage table."""
         if graph in ("identity_fusion", "identity_schedule", "denoiser"):
-            modules = transformer_networks(self.checkpoint.transformer, folded=self.folded)
+            modules = transformer_networks(
+                self.checkpoint.transformer, folded=self.folded, kernels=self.kernels
+            )
             if self._transformer is None:
                 self._transformer = self._checked("transformer", _shapes(modules.values(), _same))
             return Network(modules[graph], "transformer", _same, self._transformer)

@@ -6,12 +6,12 @@ F latent frames, C latent channels, h and w latent pixels.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Never, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from proteus_deploy.bundle import Bundle
 from proteus_deploy.cached_stages import CachedStages
 from proteus_deploy.checkpoint import Checkpoint
 from proteus_deploy.conditioning import Conditioner
+from proteus_deploy.denoising import denoising_steps
 from proteus_deploy.errors import Cancelled, ComputationError, InputError
 from proteus_deploy.guidance import guidance_scale
 from proteus_deploy.model.config import TransformerConfig
@@ -83,11 +84,14 @@ class Pipeline:
         face_encoder: Path | None,
         *,
         vae_tiling: bool | Tiling = False,
+        low_memory: bool = False,
         cache: StageCache | None = None,
         weights: Callable[[], str] | None = None,
     ) -> None:
-        """cache: None, or where results of text and identity stages are kept (stage_cache.py); weights() is
-        then the hash of the weights, by which it tells networks apart.
+        """low_memory: networks are loaded for their part of a request and released after it, so that no more
+        than the denoiser is there while it runs; every request loads them again.
+        cache: None, or where results of text and identity stages are kept (stage_cache.py); weights() is then
+        the hash of the weights, by which it tells networks apart.
         """
         self.backend = backend
         self.config = config
@@ -99,6 +103,7 @@ class Pipeline:
         self.stages: Stages = stages_of(backend, config, self.tiling)
         self._vae = vae
         self._scheduler = scheduler
+        self._low_memory = low_memory
         if cache is not None and weights is None:
             raise InputError(
                 "cache is given and weights isn't; use from_checkpoint or from_bundle, which know them, or "
@@ -116,10 +121,12 @@ class Pipeline:
         dtype: str | torch.dtype = "float32",
         compiled: bool = False,
         vae_tiling: bool | Tiling = False,
+        low_memory: bool = False,
         cache: StageCache | None = None,
     ) -> Pipeline:
         """The PyTorch reference on a checkpoint folder. Weights are read on first use of each stage.
 
+        low_memory: see `Pipeline`.
         cache: keeps results of text and identity stages across requests; its first use hashes the folder.
         Raises CheckpointError, BackendError or InputError.
         """
@@ -135,6 +142,7 @@ class Pipeline:
             checkpoint.tokenizer,
             checkpoint.face_encoder,
             vae_tiling=vae_tiling,
+            low_memory=low_memory,
             cache=cache,
             weights=lambda: checkpoint.hash,
         )
@@ -147,11 +155,12 @@ class Pipeline:
         backend: str = "onnxruntime",
         device: str | torch.device | None = None,
         vae_tiling: bool | Tiling = False,
+        low_memory: bool = False,
         cache: StageCache | None = None,
     ) -> Pipeline:
         """An exported bundle on the named backend: onnxruntime, openvino or tensorrt.
 
-        cache: keeps results of text and identity stages across requests.
+        low_memory: see `Pipeline`. cache: keeps results of text and identity stages across requests.
         Raises BundleError or BackendError. No other backend is tried in its place.
         """
         bundle = folder if isinstance(folder, Bundle) else Bundle.open(folder)
@@ -165,6 +174,7 @@ class Pipeline:
             bundle.folder / "tokenizer",
             faces if faces.is_dir() else None,
             vae_tiling=vae_tiling,
+            low_memory=low_memory,
             cache=cache,
             weights=lambda: bundle.hash,
         )
@@ -239,39 +249,38 @@ class Pipeline:
         condition = self._conditioner.prepare(resolved, stepper.timesteps, watch)
         latents = self._initial_latents(resolved, condition.generators, initial_latents)
         latents, total = latents * stepper.init_noise_sigma, len(stepper.timesteps)
-        for index, timestep in enumerate(stepper.timesteps.tolist()):
-            watch.check()
-            started = time.perf_counter()
-            step = policy.begin(index, latents, stepper.levels(index))
-            if step.computed:
-                rows = stepper.scale_input(torch.cat([latents, latents]) if step.both else latents, index)
-                velocity = self.stages["denoiser"](
-                    latents=torch.cat((rows, condition.image[-len(rows) :]), dim=2),
-                    text=condition.text[-len(rows) :],
-                    timestep=torch.full((len(rows),), timestep, device=rows.device),
-                    face_tokens=condition.face_tokens(index, len(rows)),
-                    identity_gate=condition.gate * step.gate,
-                )["velocity"]
-                policy.keep(step, velocity.float())
-            velocity = policy.velocity(guidance_scale(shared, index, timestep))
-            latents = stepper.step(velocity, index, latents, condition.generators).to(self.backend.dtype)
-            self._check_finite(latents, index, total)
-            seconds = time.perf_counter() - started
+        self._make_room_for("denoiser")
+        watch.check()
+        for done in denoising_steps(
+            self.stages["denoiser"], condition, stepper, policy, latents, partial(guidance_scale, shared)
+        ):
+            latents = done.latents
+            if not done.finite:
+                self._refuse_broken_latents(done.index, total)
             if on_step is not None:
                 with torch.inference_mode(False):
                     copy, prediction = latents.clone(), policy.prediction().copy()
-                on_step(StepEvent(index, total, timestep, copy, seconds, step.computed, prediction))
-            watch("denoise", index + 1, total)
+                on_step(
+                    StepEvent(done.index, total, done.timestep, copy, done.seconds, done.computed, prediction)
+                )
+            watch("denoise", done.index + 1, total)
         steps = policy.record()
+        self._make_room_for("vae_decoder")
         return [self._finish(one, row, steps, watch) for one, row in zip(resolved, latents, strict=True)]
 
-    def _check_finite(self, latents: Tensor, index: int, total: int) -> None:
-        if not bool(torch.isfinite(latents).all()):
-            raise ComputationError(
-                f"the latents hold NaN or infinity after step {index + 1} of {total}, on backend "
-                f"{self.backend.name!r} in {short_dtype(self.backend.dtype)}; use bf16 or fp32 where this is "
-                "fp16, else check the weights with: proteus-deploy verify"
-            )
+    def _make_room_for(self, stage: str) -> None:
+        """Release every other network, where memory is short."""
+        if self._low_memory:
+            for graph in self.backend.table.graphs:
+                if graph.stage != stage:
+                    self.backend.release(graph.name)
+
+    def _refuse_broken_latents(self, index: int, total: int) -> Never:
+        raise ComputationError(
+            f"the latents hold NaN or infinity after step {index + 1} of {total}, on backend "
+            f"{self.backend.name!r} in {short_dtype(self.backend.dtype)}; use bf16 or fp32 where this is "
+            "fp16, else check the weights with: proteus-deploy verify"
+        )
 
     def _finish(
         self, request: GenerateRequest, latents: Tensor, steps: dict[str, list[int]], watch: _Watch

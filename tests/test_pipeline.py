@@ -388,6 +388,20 @@ def test_a_closed_pipeline_reads_its_weights_again(parity: Path, small_request: 
     pipeline.close()
 
 
+def test_low_memory_holds_one_part_at_a_time(
+    parity: Path, parity_pipeline: Pipeline, small_request: SmallRequest
+) -> None:
+    with Pipeline.from_checkpoint(parity / "checkpoint", low_memory=True) as pipeline:
+        backend: Any = pipeline.backend
+        loaded: list[set[str]] = []
+        video = pipeline.generate(small_request(), on_step=lambda _: loaded.append(set(backend._runners)))
+        assert loaded == [{"denoiser"}, {"denoiser"}]
+        assert all(name.startswith("vae_decoder") for name in backend._runners)
+        again = pipeline.generate(small_request()).frames
+    assert torch.equal(video.frames, parity_pipeline.generate(small_request()).frames)
+    assert torch.equal(again, video.frames)
+
+
 def test_a_pipeline_opens_what_is_there_or_says_what_is_missing(parity: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a folder"):
         Pipeline.from_checkpoint(tmp_path / "nothing")

@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="e.g. cpu, cuda (default: the backend's own)")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="checkpoint only (default: fp32)")
     parser.add_argument("--vae-tiling", action="store_true", help="decode in tiles: less memory, more time")
+    parser.add_argument(
+        "--low-memory", action="store_true", help="hold no more than one part's networks at a time"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
 
 
@@ -186,6 +189,7 @@ def _open(kind: str, arguments: argparse.Namespace) -> Pipeline:
             backend=backend or _BUNDLE_BACKENDS[0],
             device=arguments.device,
             vae_tiling=arguments.vae_tiling,
+            low_memory=arguments.low_memory,
         )
     if backend in _BUNDLE_BACKENDS:
         raise BackendError(
@@ -198,6 +202,7 @@ def _open(kind: str, arguments: argparse.Namespace) -> Pipeline:
         dtype=arguments.dtype or "fp32",
         compiled=backend == "compiled",
         vae_tiling=arguments.vae_tiling,
+        low_memory=arguments.low_memory,
     )
 
 

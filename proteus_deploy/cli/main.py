@@ -28,6 +28,8 @@ COMMAND_MODULES = (
     "build",
     "verify",
     "generate",
+    "bench",
+    "tune",
     "evaluate",
     "train",
     "demo",

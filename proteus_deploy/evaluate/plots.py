@@ -1,4 +1,4 @@
-"""Small plots as inline SVG: lines with a band, bars with error bars, dots by row.
+"""Small plots as inline SVG: lines with a band, points in a plane, bars with error bars, dots by row.
 
 Each has a title and a description for screen readers, follows the page's light or dark mode, and tells its
 series apart by shape as well as by colour; the colours are those of Okabe and Ito (Color Universal Design,
@@ -15,7 +15,7 @@ from html import escape
 from itertools import pairwise
 from typing import TypeVar
 
-__all__ = ["Bar", "DotRow", "Line", "bar_plot", "dot_plot", "line_plot"]
+__all__ = ["Bar", "DotRow", "Line", "Points", "bar_plot", "dot_plot", "line_plot", "scatter_plot"]
 
 T = TypeVar("T")
 
@@ -54,6 +54,15 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Points:
+    """Named points (name, x, y) of one kind. joined: with a line through them, from left to right."""
+
+    kind: str
+    points: Sequence[tuple[str, float, float]]
+    joined: bool = False
+
+
+@dataclass(frozen=True)
 class Bar:
     """A value with the ends of its interval, where it has one."""
 
@@ -85,12 +94,7 @@ def line_plot(title: str, x: Sequence[float], lines: Sequence[Line], *, x_label:
     ticks_x = list(x) if len(x) <= _TICKS else _ticks(x)
     across = _scale(min(x[0], ticks_x[0]), max(x[-1], ticks_x[-1]), _LEFT, _WIDTH - _RIGHT)
     up = _scale(ticks_y[0], ticks_y[-1], _LINE_HEIGHT - _BOTTOM, _TOP)
-    parts = []
-    for tick in ticks_y:
-        parts.append(f'<path class="gr" d="M{_LEFT} {up(tick):.1f}H{_WIDTH - _RIGHT}"/>')
-        parts.append(_text(_LEFT - 6, up(tick) + 4, _number(tick), "end"))
-    parts += [_text(across(tick), _LINE_HEIGHT - _BOTTOM + 16, _number(tick), "middle") for tick in ticks_x]
-    parts.append(_text((_LEFT + _WIDTH) / 2, _LINE_HEIGHT - 6, x_label, "middle"))
+    parts = _plane(ticks_x, ticks_y, across, up, x_label)
     for number, line in enumerate(lines):
         parts += _band(number, x, line, across, up)
         for run in _runs(x, line.y):
@@ -106,6 +110,36 @@ def line_plot(title: str, x: Sequence[float], lines: Sequence[Line], *, x_label:
         f"{line.name}: "
         + ", ".join(f"{_number(b)} at {_number(a)}" for a, b in zip(x, line.y, strict=True) if b is not None)
         for line in lines
+    )
+    return _svg(title, described, parts, _LINE_HEIGHT)
+
+
+def scatter_plot(
+    title: str, kinds: Sequence[Points], *, x_label: str, y_label: str, limits: Sequence[float] = ()
+) -> str:
+    """Points in a plane, each kind with a shape of its own; `limits` of y are drawn as dashed lines.
+
+    Raises ValueError for no point at all or a coordinate that is not finite.
+    """
+    points = [point for one in kinds for point in one.points]
+    ticks_x, ticks_y = _ticks([x for _, x, _ in points]), _ticks([*limits, *(y for _, _, y in points)])
+    across = _scale(ticks_x[0], ticks_x[-1], _LEFT, _WIDTH - _RIGHT)
+    up = _scale(ticks_y[0], ticks_y[-1], _LINE_HEIGHT - _BOTTOM, _TOP)
+    parts = _plane(ticks_x, ticks_y, across, up, x_label)
+    for limit in limits:
+        parts.append(f'<path class="li" d="M{_LEFT} {up(limit):.1f}H{_WIDTH - _RIGHT}"/>')
+    for number, one in enumerate(kinds):
+        ordered = sorted(one.points, key=lambda point: point[1])
+        if one.joined and len(ordered) > 1:
+            path = "M" + "L".join(f"{across(x):.1f} {up(y):.1f}" for _, x, y in ordered)
+            parts.append(f'<path class="ln s{number % 4}" style="fill:none" d="{path}"/>')
+        for name, x, y in ordered:
+            shown = f"<title>{_safe(f'{name}: {_number(x)}, {_number(y)}')}</title>"
+            parts.append(f"<g>{shown}{_marker(number, across(x), up(y))}</g>")
+    parts += _legend([one.kind for one in kinds])
+    described = f"{y_label} over {x_label}: " + "; ".join(
+        f"{one.kind}: " + ", ".join(f"{name} {_number(y)} at {_number(x)}" for name, x, y in one.points)
+        for one in kinds
     )
     return _svg(title, described, parts, _LINE_HEIGHT)
 
@@ -186,6 +220,22 @@ def _svg(title: str, described: str, parts: Sequence[str], height: int) -> str:
         f'<title id="{name}t">{title}</title><desc id="{name}d">{described}</desc>'
         f'{_STYLE}<text class="ti" x="6" y="18">{title}</text>{body}</svg>'
     )
+
+
+def _plane(
+    ticks_x: Sequence[float],
+    ticks_y: Sequence[float],
+    across: Callable[[float], float],
+    up: Callable[[float], float],
+    x_label: str,
+) -> list[str]:
+    """Level grid lines with their numbers, the numbers of x, and its label."""
+    parts = []
+    for tick in ticks_y:
+        parts.append(f'<path class="gr" d="M{_LEFT} {up(tick):.1f}H{_WIDTH - _RIGHT}"/>')
+        parts.append(_text(_LEFT - 6, up(tick) + 4, _number(tick), "end"))
+    parts += [_text(across(tick), _LINE_HEIGHT - _BOTTOM + 16, _number(tick), "middle") for tick in ticks_x]
+    return [*parts, _text((_LEFT + _WIDTH) / 2, _LINE_HEIGHT - 6, x_label, "middle")]
 
 
 def _columns(ticks: Sequence[float], across: Callable[[float], float], rows: int, unit: str) -> list[str]:

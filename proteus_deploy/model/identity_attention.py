@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
 
 from proteus_deploy.kernels.identity_attention import (
     fold_identity_attention,
     folded_identity_attention,
+    fused_identity_attention,
     identity_attention,
 )
 from proteus_deploy.model.config import IdentityAttentionConfig
+
+IdentityForm = Literal["published", "folded", "triton"]
 
 
 class IdentityAttention(nn.Module):
     """h <- h + gate * Wo softmax(Wq LN(h) K^T / sqrt(D)) V, K and V from the face tokens.
 
-    `folded` chooses between two exactly equal forms; see kernels/identity_attention/reference.py.
+    form: "published" and "folded" are exactly equal, see kernels/identity_attention/reference.py; "triton" is
+    the folded form in one kernel.
     """
 
-    def __init__(self, width: int, config: IdentityAttentionConfig, *, folded: bool) -> None:
+    def __init__(self, width: int, config: IdentityAttentionConfig, *, form: IdentityForm) -> None:
         super().__init__()
         inner = config.heads * config.head_dim
         self.heads = config.heads
-        self.folded = folded
+        self.form = form
         self.norm1 = nn.LayerNorm(config.face_dim)
         self.norm2 = nn.LayerNorm(width)
         self.to_q = nn.Linear(width, inner, bias=False)
@@ -38,9 +44,10 @@ class IdentityAttention(nn.Module):
             "query_weight": self.to_q.weight,
             "out_weight": self.to_out.weight,
         }
-        if not self.folded:
+        if self.form == "published":
             return identity_attention(
                 video, key, value, gate=gate, heads=self.heads, eps=self.norm2.eps, **weights
             )
         folded = fold_identity_attention(key, value, heads=self.heads, **weights)
-        return folded_identity_attention(video, folded, gate=gate, heads=self.heads, eps=self.norm2.eps)
+        attend = fused_identity_attention if self.form == "triton" else folded_identity_attention
+        return attend(video, folded, gate=gate, heads=self.heads, eps=self.norm2.eps)

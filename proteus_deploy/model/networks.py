@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from proteus_deploy.model.config import LocalFacialConfig, TransformerConfig
+from proteus_deploy.model.fused_block import FusedBlock
+from proteus_deploy.model.identity_attention import IdentityForm
 from proteus_deploy.model.identity_fusion import IdentityFusion
 from proteus_deploy.model.identity_schedule import IdentitySchedule, LocalFacialExtractor
-from proteus_deploy.model.transformer import Denoiser
+from proteus_deploy.model.transformer import Block, Denoiser
 from proteus_deploy.weights import WeightSource
+
+Kernels = Literal["reference", "triton"]
 
 
 class TextEncoder(nn.Module):
@@ -153,8 +157,16 @@ def fill_computed_buffers(module: nn.Module, device: str | torch.device) -> None
                 submodule.register_buffer(name, value.to(device), persistent=False)
 
 
-def transformer_networks(config: TransformerConfig, *, folded: bool) -> dict[str, nn.Module]:
-    """The transformer's stages on the meta device, keyed by stage."""
+def transformer_networks(
+    config: TransformerConfig, *, folded: bool, kernels: Kernels = "reference"
+) -> dict[str, nn.Module]:
+    """The transformer's stages on the meta device, keyed by stage.
+
+    folded: identity attention in its folded form. kernels: "triton" puts the fused kernels into the
+    denoiser, which are always folded.
+    """
+    form: IdentityForm = "triton" if kernels == "triton" else "folded" if folded else "published"
+    block = FusedBlock if kernels == "triton" else Block
     networks: dict[str, nn.Module] = {}
     with torch.device("meta"):
         if config.fusion is not None:
@@ -163,7 +175,7 @@ def transformer_networks(config: TransformerConfig, *, folded: bool) -> dict[str
             networks["identity_schedule"] = LocalFacialExtractor(config.schedule)
         else:
             networks["identity_schedule"] = IdentitySchedule(config.schedule)
-        networks["denoiser"] = Denoiser(config, folded=folded)
+        networks["denoiser"] = Denoiser(config, form=form, block=block)
     return networks
 
 

@@ -8,6 +8,7 @@ Sources: CogVideoX (arXiv 2408.06072) and its 1.5 release (`patch_size_t`, `ofs_
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from proteus_deploy.kernels.joint_attention import attention, modulated_norm, rotate
 from proteus_deploy.model.config import BackboneConfig, TransformerConfig
-from proteus_deploy.model.identity_attention import IdentityAttention
+from proteus_deploy.model.identity_attention import IdentityAttention, IdentityForm
 from proteus_deploy.model.layers import SinusoidTable, TimestepMLP
 
 OFS = 2  # the one value that CogVideoX 1.5's pipelines ever pass for the `ofs` input
@@ -27,7 +28,10 @@ Rotary = tuple[Tensor, Tensor]
 class Denoiser(nn.Module):
     """The `denoiser` stage: one evaluation of the velocity."""
 
-    def __init__(self, config: TransformerConfig, *, folded: bool = False) -> None:
+    def __init__(
+        self, config: TransformerConfig, *, form: IdentityForm = "published", block: type[Block] | None = None
+    ) -> None:
+        """form: of identity attention. block: `Block`, or one with its parameters and another forward."""
         super().__init__()
         backbone, identity = config.backbone, config.identity_attention
         self.config = backbone
@@ -41,12 +45,14 @@ class Denoiser(nn.Module):
         if backbone.ofs_embed_dim is not None:
             self.ofs_table = table(backbone.ofs_embed_dim)
             self.ofs_embedding = TimestepMLP(backbone.ofs_embed_dim, backbone.ofs_embed_dim)
-        self.transformer_blocks = nn.ModuleList(_Block(backbone) for _ in range(backbone.num_layers))
+        self.transformer_blocks = nn.ModuleList(
+            (block or Block)(backbone) for _ in range(backbone.num_layers)
+        )
         sites = -(
             -backbone.num_layers // identity.interval
         )  # ceil: one after blocks 0, interval, 2*interval, ...
         self.perceiver_cross_attention = nn.ModuleList(
-            IdentityAttention(backbone.width, identity, folded=folded) for _ in range(sites)
+            IdentityAttention(backbone.width, identity, form=form) for _ in range(sites)
         )
         self.norm_final = nn.LayerNorm(backbone.width, backbone.norm_eps)
         self.norm_out = _FinalModulation(backbone)
@@ -101,12 +107,12 @@ class Denoiser(nn.Module):
         return x.permute(0, 1, 5, 4, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(1, 2)
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
-        self.norm1 = _ExpertModulation(config)
-        self.attn1 = _JointAttention(config)
-        self.norm2 = _ExpertModulation(config)
+        self.norm1 = ExpertModulation(config)
+        self.attn1 = JointAttention(config)
+        self.norm2 = ExpertModulation(config)
         self.ff = _FeedForward(config.width)
 
     def forward(
@@ -122,7 +128,18 @@ class _Block(nn.Module):
         return text + text_gate * transformed[:, :length], video + video_gate * transformed[:, length:]
 
 
-class _ExpertModulation(nn.Module):
+class Modulation(NamedTuple):
+    """What the time does to one norm and what follows it, [B, 1, d] each, in the order of the weights."""
+
+    video_shift: Tensor
+    video_scale: Tensor
+    video_gate: Tensor
+    text_shift: Tensor
+    text_scale: Tensor
+    text_gate: Tensor
+
+
+class ExpertModulation(nn.Module):
     """Expert adaptive layer norm: one norm, its own shift, scale and gate for video and for text."""
 
     def __init__(self, config: BackboneConfig) -> None:
@@ -130,18 +147,23 @@ class _ExpertModulation(nn.Module):
         self.linear = nn.Linear(config.time_embed_dim, 6 * config.width)
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
 
+    def vectors(self, time: Tensor) -> Modulation:
+        """Of the time vector [B, time_embed_dim]: [B, 1, d] each."""
+        return Modulation(*self.linear(F.silu(time)).unsqueeze(1).chunk(6, dim=-1))
+
     def forward(self, text: Tensor, video: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Joint normalised tokens [B, S, d] and the two gates [B, 1, d]."""
-        video_shift, video_scale, video_gate, text_shift, text_scale, text_gate = (
-            self.linear(F.silu(time)).unsqueeze(1).chunk(6, dim=-1)
+        vectors, norm = self.vectors(time), self.norm
+        normed_text = modulated_norm(
+            text, vectors.text_shift, vectors.text_scale, norm.weight, norm.bias, norm.eps
         )
-        weight, bias, eps = self.norm.weight, self.norm.bias, self.norm.eps
-        normed_text = modulated_norm(text, text_shift, text_scale, weight, bias, eps)
-        normed_video = modulated_norm(video, video_shift, video_scale, weight, bias, eps)
-        return torch.cat((normed_text, normed_video), dim=1), text_gate, video_gate
+        normed_video = modulated_norm(
+            video, vectors.video_shift, vectors.video_scale, norm.weight, norm.bias, norm.eps
+        )
+        return torch.cat((normed_text, normed_video), dim=1), vectors.text_gate, vectors.video_gate
 
 
-class _JointAttention(nn.Module):
+class JointAttention(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         width, bias = config.width, config.attention_bias
@@ -157,10 +179,15 @@ class _JointAttention(nn.Module):
         query, key, value = (
             to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v)
         )
-        query, key = self.norm_q(query), self.norm_k(key)
-        if rotary is not None:
-            query, key = rotate(query, *rotary), rotate(key, *rotary)
+        query, key = self.place(query, key, rotary)
         return self.to_out[0](attention(query, key, value).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def place(self, query: Tensor, key: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+        """Norm queries and keys [B, H, S, D] and turn them to their positions."""
+        query, key = self.norm_q(query), self.norm_k(key)
+        if rotary is None:
+            return query, key
+        return rotate(query, *rotary), rotate(key, *rotary)
 
 
 class _FeedForward(nn.Module):

@@ -14,6 +14,7 @@ computed step, j: the computed one before it; |.|: mean absolute value.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -40,7 +41,7 @@ class Estimator(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepCache:
+class StepCache(ABC):
     """What the three have in common.
 
     threshold: steps are reused while the accumulated estimate is below it; 0 computes every step.
@@ -72,7 +73,7 @@ class StepCache:
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
-    def check_steps(self, steps: int) -> None:
+    def check_steps(self, steps: int) -> None:  # noqa: B027 - some have nothing to check
         """Raise InputError when the cache was calibrated for another number of steps."""
 
     def _check_length(self, name: str, values: tuple[float, ...], steps: int) -> None:
@@ -82,9 +83,9 @@ class StepCache:
                 f"to one schedule: calibrate for {steps} steps, or ask for {len(values)}"
             )
 
+    @abstractmethod
     def estimator(self) -> Estimator:
         """A fresh memory for one request."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

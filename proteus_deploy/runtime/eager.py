@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from proteus_deploy.errors import BackendError
+from proteus_deploy.model.networks import Kernels
 from proteus_deploy.network_factory import NetworkFactory
 from proteus_deploy.runtime.backend import bind_sizes
 from proteus_deploy.stage_table import ExportRanges, build_stage_table
@@ -36,16 +37,20 @@ class EagerBackend:
         device: str | torch.device = "cpu",
         compiled: bool = False,
         folded: bool = False,
+        kernels: Kernels = "reference",
         table: StageTable | None = None,
     ) -> None:
-        """table: the contracts to hold to; None makes one for any batch.
+        """folded: identity attention in its folded form. kernels: "triton" runs the denoiser on the fused
+        kernels, which need a CUDA device (or Triton's interpreter). table: the contracts to hold to; None
+        makes one for any batch.
 
-        Raises BackendError when the device isn't here. Weights are read on first use of each network."""
-        self.name = "compiled" if compiled else "eager"
+        Raises BackendError when the device isn't here, or kernels can't run on it. Weights are read on first
+        use of each network."""
+        self.name = ("compiled" if compiled else "eager") + ("-triton" if kernels == "triton" else "")
         self.device = _resolve_device(device)
         self.dtype = dtype
         self.table = table or build_stage_table(checkpoint, ExportRanges(max_videos=_UNLIMITED_VIDEOS))
-        self._factory = NetworkFactory(checkpoint, folded=folded)
+        self._factory = NetworkFactory(checkpoint, folded=folded, kernels=kernels)
         self._compiled = compiled
         self._runners: dict[str, EagerGraph] = {}
 

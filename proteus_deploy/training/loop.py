@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from proteus_deploy.errors import Cancelled, ComputationError, InputError
 from proteus_deploy.reporting import Report, no_report
 from proteus_deploy.training.aml import aml_weights
+from proteus_deploy.training.attention import attention_form
 from proteus_deploy.training.batches import Batches, TrainBatch
 from proteus_deploy.training.network import TrainableTransformer, published_names
 from proteus_deploy.training.objectives import denoising_loss
@@ -173,7 +174,8 @@ class Trainer:
             # Gradients are added up over processes once, with the last part.
             last = index + 1 == len(parts)
             self.accelerator.gradient_state._set_sync_gradients(last)  # noqa: SLF001 - DeepSpeed asks it
-            with self.accelerator.autocast(), self._no_sync_unless(last):
+            form = attention_form(settings.attention)
+            with self.accelerator.autocast(), form, self._no_sync_unless(last):
                 loss, each, without_mask = self._loss(batch)
                 self.accelerator.backward(loss / len(parts))
             losses.append(loss.detach())

@@ -13,9 +13,10 @@ from typing import Any, Literal, TypeVar
 
 from proteus_deploy.errors import InputError
 
-__all__ = ["TrainSettings", "read_settings"]
+__all__ = ["AttentionForm", "TrainSettings", "read_settings"]
 
 RateSchedule = Literal["cosine", "constant"]
+AttentionForm = Literal["fused", "plain"]
 _Record = TypeVar("_Record")
 
 
@@ -36,6 +37,7 @@ class TrainSettings:
         optimiser: "adamw" as published, or "muon" for the matrices inside blocks (see optimisers.py).
         The rate rises over `warmup` steps and then falls along a cosine to 0, or stays ("constant").
         ema: share of the averaged weights that a step keeps; checkpoints hold the averaged weights. 0: none.
+        attention: "fused", or "plain" for few tokens on a CPU (see attention.py).
 
     Objective
         image_dropout: share of clips whose condition image is dropped. text_dropout: share of clips whose
@@ -61,6 +63,7 @@ class TrainSettings:
     ema: float = 0.999
     mixed_precision: Literal["no", "bf16"] = "bf16"
     gradient_checkpointing: bool = True
+    attention: AttentionForm = "fused"
     image_dropout: float = 0.05
     text_dropout: float = 0.0
     mask: Literal["head", "face"] = "head"

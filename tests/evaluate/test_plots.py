@@ -8,7 +8,16 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from proteus_deploy.evaluate.plots import Bar, DotRow, Line, bar_plot, dot_plot, line_plot
+from proteus_deploy.evaluate.plots import (
+    Bar,
+    DotRow,
+    Line,
+    Points,
+    bar_plot,
+    dot_plot,
+    line_plot,
+    scatter_plot,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 NASTY = "<b>&\"'\x00\ud800"
@@ -34,7 +43,15 @@ def dots() -> str:
     return dot_plot("by person", [DotRow("ann", [1.0, 3.0]), DotRow("bob", [])], unit="dB", limits=[2.0])
 
 
-@pytest.mark.parametrize("svg", [line(), bars(), dots()])
+def scatter() -> str:
+    kinds = [
+        Points("front", [("b", 0.5, 30.0), ("a", 0.2, 20.0)], joined=True),
+        Points("others", [("c", 0.6, 25.0)]),
+    ]
+    return scatter_plot("plans", kinds, x_label="work", y_label="dB", limits=[28.0])
+
+
+@pytest.mark.parametrize("svg", [line(), bars(), dots(), scatter()])
 def test_title_and_description_are_named_to_readers(svg: str) -> None:
     root = parsed(svg)
     assert root.get("role") == "img"
@@ -52,9 +69,22 @@ def test_description_gives_the_numbers() -> None:
     assert "arc: 0.2 at 1, 0.4 at 2, 0.8 at 4" in line()
 
 
+def test_points_are_joined_from_left_to_right_and_named() -> None:
+    root = parsed(scatter())
+    (path,) = [one for one in root.iter(f"{SVG}path") if one.get("class") == "ln s0"]
+    ends = [float(x) for x in re.findall(r"[ML]([\d.]+) ", path.get("d") or "")]
+    assert len(ends) == 2
+    assert ends == sorted(ends)
+    assert sum(one.get("class") == "li" for one in root.iter(f"{SVG}path")) == 1
+    assert {"b: 0.5, 30", "a: 0.2, 20", "c: 0.6, 25"} <= {one.text for one in root.iter(f"{SVG}title")}
+    assert "dB over work: front: b 30 at 0.5, a 20 at 0.2; others: c 25 at 0.6" in scatter()
+    with pytest.raises(ValueError, match="nothing to draw"):
+        scatter_plot("none", [Points("front", [])], x_label="x", y_label="y")
+
+
 def test_ids_differ_between_plots_of_a_page() -> None:
-    ids = re.findall(r' id="(\w+)"', line() + bars() + dots())
-    assert len(ids) == len(set(ids)) == 6
+    ids = re.findall(r' id="(\w+)"', line() + bars() + dots() + scatter())
+    assert len(ids) == len(set(ids)) == 8
     assert line() == line()
 
 

@@ -174,7 +174,7 @@ def become_fsdp(settings: TrainSettings) -> Any:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["_Block"],
+        transformer_cls_names_to_wrap=["Block"],
         cpu_ram_efficient_loading=False,
         reshard_after_forward=True,
     )

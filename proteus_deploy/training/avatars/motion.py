@@ -169,9 +169,9 @@ def _walk(poses: Poses, clock: _Clock, amplitude: float, side: int) -> None:
 
 def _drift(poses: Poses, clock: _Clock, amplitude: float, side: int) -> None:
     across = 1.0 if clock.phase < 0.5 else 0.6
-    poses.zoom[:] += clock.curve(lambda t: amplitude * 0.12 * (t if clock.phase < 0.75 else 1 - t))
-    poses.pan_x[:] += clock.curve(lambda t: side * across * amplitude * 0.07 * (2 * t - 1))
-    poses.pan_y[:] += clock.curve(lambda t: (across - 0.8) * amplitude * 0.08 * (2 * t - 1))
+    poses.zoom[:] += clock.curve(lambda t: amplitude * 0.22 * (t if clock.phase < 0.75 else 1 - t))
+    poses.pan_x[:] += clock.curve(lambda t: side * across * amplitude * 0.04 * (2 * t - 1))
+    poses.pan_y[:] += clock.curve(lambda t: (across - 0.8) * amplitude * 0.05 * (2 * t - 1))
 
 
 _MOVERS: dict[str, Callable[[Poses, _Clock, float, int], None]] = {

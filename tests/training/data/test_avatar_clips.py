@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 
 from proteus_deploy.errors import InputError
-from proteus_deploy.training.avatars import MOTIONS, background_colour, is_held_out, make_pair, training_seed
+from proteus_deploy.training.avatars import (
+    MOTIONS,
+    background_colour,
+    is_held_out,
+    make_clip,
+    make_pair,
+    training_seed,
+)
 from proteus_deploy.training.data import avatar_clips
 from proteus_deploy.training.data.avatar_clips import AvatarClips
 
@@ -47,6 +55,17 @@ def test_the_fingerprint_follows_the_drawing(monkeypatch: pytest.MonkeyPatch) ->
     assert first != next(iter(AvatarClips(1, size=64)))[1].fingerprint()
     monkeypatch.setattr(avatar_clips, "_drawing_fingerprint", lambda: "people look otherwise now")
     assert loader.fingerprint() != first
+
+
+@pytest.mark.parametrize("motion", MOTIONS)
+def test_the_fingerprint_knows_every_motion(motion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = avatar_clips._drawing_fingerprint.__wrapped__()
+
+    def moved(identity: int, clip: int, **how: Any) -> Any:
+        return make_clip(identity, clip + (how["motion"] == motion), **how)
+
+    monkeypatch.setattr(avatar_clips, "make_clip", moved)
+    assert avatar_clips._drawing_fingerprint.__wrapped__() != before
 
 
 def test_wrong_arguments() -> None:

@@ -1,0 +1,153 @@
+"""What can be measured against what: a form of the loop, on a backend, in a precision."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from proteus_deploy.errors import BackendError, InputError
+from proteus_deploy.reporting import Report, no_report
+
+if TYPE_CHECKING:
+    from proteus_deploy.bundle import Bundle
+    from proteus_deploy.checkpoint import Checkpoint
+    from proteus_deploy.policies.plan import Plan
+    from proteus_deploy.runtime.backend import Backend
+
+__all__ = ["BASELINES", "Candidate", "Opener", "default_candidates", "parse_candidate", "with_baselines"]
+
+Form = Literal["published", "exact", "plan"]
+FORMS: tuple[Form, ...] = ("published", "exact", "plan")
+PRECISIONS = ("fp32", "bf16", "fp16")
+_TORCH = ("eager", "compiled", "eager-triton", "compiled-triton")
+BACKENDS = (*_TORCH, "onnxruntime", "openvino", "tensorrt")
+_PACKAGE = {"onnxruntime": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt"}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """form: "published" repeats the identity work in every step, "exact" does it once, "plan" leaves out more.
+
+    Raises InputError for a word that isn't known, or the published form on another backend than eager: it is
+    what the authors' code does, and nothing exports it.
+    """
+
+    form: Form
+    backend: str
+    precision: str
+
+    def __post_init__(self) -> None:
+        for name, known in (("form", FORMS), ("backend", BACKENDS), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(known)}")
+        if self.form == "published" and self.backend != "eager":
+            raise InputError(
+                f"published:{self.backend} is not a candidate; the published form runs in eager PyTorch"
+            )
+
+    @property
+    def name(self) -> str:
+        """form:backend:precision"""
+        return f"{self.form}:{self.backend}:{self.precision}"
+
+
+BASELINES = (Candidate("published", "eager", "fp32"), Candidate("published", "eager", "bf16"))
+
+
+def parse_candidate(text: str) -> Candidate:
+    """The candidate that "form:backend:precision" names. Raises InputError."""
+    parts = text.split(":")
+    if len(parts) != 3:
+        raise InputError(f"candidate {text!r} is not form:backend:precision, such as exact:compiled:bf16")
+    return Candidate(*parts)  # type: ignore[arg-type]
+
+
+def default_candidates(device: str, *, planned: bool) -> list[Candidate]:
+    """Baselines and what is usual on the device. planned: a plan was given, so it is measured as well."""
+    chosen = [*BASELINES, Candidate("exact", "eager", "bf16"), Candidate("exact", "compiled", "bf16")]
+    if device == "cpu":
+        chosen += [
+            Candidate("exact", "eager", "fp32"),
+            Candidate("exact", "onnxruntime", "fp32"),
+            Candidate("exact", "openvino", "bf16"),
+        ]
+    else:
+        chosen += [
+            Candidate("exact", "eager-triton", "bf16"),
+            Candidate("exact", "compiled-triton", "bf16"),
+            Candidate("exact", "tensorrt", "bf16"),
+        ]
+    if planned:
+        chosen.append(Candidate("plan", "compiled", "bf16"))
+    return chosen
+
+
+class Opener:
+    """Opens the backend of a candidate; graphs of a checkpoint are exported below `work` when one needs them."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint | None,
+        bundle: Bundle | None,
+        work: Path,
+        *,
+        device: str = "cpu",
+        report: Report = no_report,
+    ) -> None:
+        self._checkpoint, self._bundle, self._work = checkpoint, bundle, work
+        self._device, self._report = device, report
+
+    def __call__(self, candidate: Candidate) -> Backend:
+        """Raises BackendError naming what is missing and how to get it."""
+        if candidate.backend in _TORCH:
+            return self._torch(candidate)
+        package = _PACKAGE[candidate.backend]
+        if importlib.util.find_spec(package) is None:
+            raise BackendError(
+                f'{package} is not installed; pip install "proteus-deploy[{candidate.backend}]"'
+            )
+        from proteus_deploy.runtime import open_bundle_backend
+
+        device = None if candidate.backend in ("tensorrt",) else self._device
+        return open_bundle_backend(self._bundle_in(candidate.precision), candidate.backend, device=device)
+
+    def _torch(self, candidate: Candidate) -> Backend:
+        from proteus_deploy.runtime.backend import resolve_dtype
+        from proteus_deploy.runtime.eager import EagerBackend
+
+        if self._checkpoint is None:
+            raise BackendError(
+                f"{candidate.backend} runs a checkpoint, and only a bundle was given; add --checkpoint DIR"
+            )
+        return EagerBackend(
+            self._checkpoint,
+            dtype=resolve_dtype(candidate.precision),
+            device=self._device,
+            compiled=candidate.backend.startswith("compiled"),
+            kernels="triton" if candidate.backend.endswith("-triton") else "reference",
+            folded=candidate.form != "published",
+        )
+
+    def _bundle_in(self, precision: str) -> Bundle:
+        from proteus_deploy.bundle import Bundle
+        from proteus_deploy.export.export import export_bundle
+
+        if self._bundle is not None:
+            if self._bundle.dtype != precision:
+                raise BackendError(
+                    f"the bundle was exported in {self._bundle.dtype}, not {precision}; export another one"
+                )
+            return self._bundle
+        assert self._checkpoint is not None
+        folder = self._work / f"bundle-{self._checkpoint.hash[:12]}-{precision}"
+        if folder.is_dir():
+            return Bundle.open(folder, hashes=False)
+        return export_bundle(self._checkpoint, folder, dtype=precision, reference="none", report=self._report)
+
+
+def with_baselines(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The same in their order, behind the baselines, none twice."""
+    return list(dict.fromkeys((*BASELINES, *candidates)))

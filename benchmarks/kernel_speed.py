@@ -1,0 +1,222 @@
+"""How fast is each Triton kernel, against its plain form and against what the machine can do?
+
+Every kernel is timed beside its reference, eager and compiled, in interleaved rounds at the published size (or a
+small one, to rehearse), and its share of the floor is taken: the larger of its bytes by the measured copy rate
+and its FLOPs by the measured product rate. Outputs are compared before anything is timed.
+
+Axes: B batch, L text tokens, N video tokens, d width, H heads of identity attention, Q face tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proteus_deploy.benchmarks.ceilings import copy_rate, product_rate
+from proteus_deploy.benchmarks.timing import Spread, interleave
+from proteus_deploy.errors import ProteusError
+from proteus_deploy.kernels.gated_residual_norm import fused_gated_residual_norm
+from proteus_deploy.kernels.identity_attention import (
+    FoldedIdentity,
+    fused_identity_attention,
+    fused_identity_attention_unfolded,
+)
+from proteus_deploy.kernels.launch import autotune
+from proteus_deploy.kernels.modulated_norm import fused_modulated_norm
+from proteus_deploy.kernels.qk_norm_rotary import fused_qk_norm_rotary
+from proteus_deploy.reporting import Report, no_report
+from proteus_deploy.testing import relative_error
+
+__all__ = ["PUBLISHED", "SMALL", "KernelCase", "KernelSize", "kernel_cases", "measure_kernels"]
+
+_ROUNDS = 15
+_WARM_UPS = 3
+
+
+@dataclass(frozen=True)
+class KernelSize:
+    """Batch, text and video tokens, width, size of an attention head, identity heads and their size, tokens."""
+
+    batch: int
+    text: int
+    video: int
+    width: int
+    head: int
+    identity_heads: int
+    identity_head: int
+    queries: int
+
+
+PUBLISHED = KernelSize(2, 226, 17_550, 3072, 64, 16, 128, 32)
+SMALL = KernelSize(2, 3, 20, 64, 16, 2, 16, 4)
+
+
+@dataclass(frozen=True, eq=False)
+class KernelCase:
+    """run(backend) computes the kernel ("triton") or its plain form ("reference").
+
+    published: the eager form it replaces, where that isn't the plain form. bytes and flops: that the kernel has
+    to move and compute.
+    """
+
+    name: str
+    run: Callable[[str], Any]
+    bytes: int
+    flops: int
+    published: Callable[[], Any] | None = None
+
+
+def kernel_cases(size: KernelSize, device: torch.device, dtype: torch.dtype) -> Iterator[KernelCase]:
+    """The four forward kernels on seeded inputs of that size."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0, kind: torch.dtype = dtype) -> Tensor:
+        if device.type == "meta":
+            return torch.empty(shape, dtype=kind, device=device)
+        return (scale * torch.randn(shape, generator=generator)).to(device, kind)
+
+    b, length, n, d = size.batch, size.text, size.video, size.width
+    value = torch.finfo(dtype).bits // 8
+    text, video = normal(b, length, d), normal(b, n, d)
+    names = ("video_shift", "video_scale", "video_gate", "text_shift", "text_scale", "text_gate")
+    vectors = dict(zip(names, normal(b, 1, 6 * d, scale=0.1).chunk(6, dim=-1), strict=True))
+    norm: dict[str, Any] = {"weight": normal(d), "bias": normal(d, scale=0.1), "eps": 1e-5}
+    shifts = {name: vector for name, vector in vectors.items() if "gate" not in name}
+    tokens = b * (length + n) * d
+
+    inner, columns = size.identity_heads * size.identity_head, size.identity_heads * size.queries
+    key, gain = normal(1, size.queries, inner), normal(1, size.queries, inner)
+    weights = {
+        "norm_weight": normal(d),
+        "norm_bias": normal(d, scale=0.1),
+        "query_weight": normal(inner, d, scale=d**-0.5),
+        "out_weight": normal(d, inner, scale=inner**-0.5),
+    }
+    gate = torch.ones(1, device=device)
+    folded = FoldedIdentity(
+        normal(1, columns, d, scale=d**-0.5).mT, normal(1, 1, columns, scale=0.1), normal(1, columns, d)
+    )
+    yield KernelCase(
+        "identity attention",
+        lambda backend: fused_identity_attention(
+            video, folded, gate=gate, heads=size.identity_heads, backend=backend
+        ),
+        bytes=2 * b * n * d * value + 2 * d * columns * value,
+        flops=4 * b * n * d * columns,
+        published=lambda: fused_identity_attention_unfolded(
+            video, key, gain, gate=gate, heads=size.identity_heads, backend="reference", **weights
+        ),
+    )
+    yield KernelCase(
+        "modulated norm",
+        lambda backend: fused_modulated_norm(text, video, backend=backend, **shifts, **norm),
+        bytes=2 * tokens * value,
+        flops=8 * tokens,
+    )
+    heads = normal(b, length + n, d).unflatten(-1, (-1, size.head)).transpose(1, 2)
+    angles = normal(n, size.head, kind=torch.float32)
+    affine = [normal(size.head) for _ in range(4)]
+    yield KernelCase(
+        "QK norm and rotary",
+        lambda backend: fused_qk_norm_rotary(
+            heads,
+            heads,
+            query_weight=affine[0],
+            query_bias=affine[1],
+            key_weight=affine[2],
+            key_bias=affine[3],
+            cos=angles.cos(),
+            sin=angles.sin(),
+            eps=1e-6,
+            backend=backend,
+        ),
+        bytes=4 * tokens * value,
+        flops=20 * tokens,
+    )
+    update = normal(b, length + n, d)
+    yield KernelCase(
+        "gated residual and norm",
+        lambda backend: fused_gated_residual_norm(text, video, update, backend=backend, **vectors, **norm),
+        bytes=4 * tokens * value,
+        flops=10 * tokens,
+    )
+
+
+def measure_kernels(
+    size: KernelSize,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    rounds: int = _ROUNDS,
+    compiled: bool = True,
+    report: Report = no_report,
+) -> list[dict[str, Any]]:
+    """A row for each kernel: milliseconds of each form, error, share of the floor; a failure keeps its row.
+
+    compiled: also the plain form under torch.compile. The kernels are autotuned first.
+    """
+    tokens = size.batch * (size.text + size.video)
+    rows = []
+    cases = list(kernel_cases(size, device, dtype))
+    for number, case in enumerate(cases):
+        report("kernels", number, len(cases))
+        product = product_rate(dtype, device, tokens=tokens, width=size.width)
+        ceilings = {"copy_bytes_per_s": copy_rate(device), "products_flop_per_s": product}
+        try:
+            rows.append({**_measure(case, device, rounds, compiled), "ceilings": ceilings, "status": "ok"})
+        except (ProteusError, RuntimeError) as error:
+            rows.append({"kernel": case.name, "status": "failed", "reason": str(error)})
+            continue
+        floor = max(case.bytes / ceilings["copy_bytes_per_s"], case.flops / product)
+        rows[-1] |= {
+            "bytes": case.bytes,
+            "flops": case.flops,
+            "floor_ms": 1e3 * floor,
+            "share_of_floor": 1e3 * floor / rows[-1]["milliseconds"]["triton"]["median"],
+        }
+    report("kernels", len(cases), len(cases))
+    return rows
+
+
+def _measure(case: KernelCase, device: torch.device, rounds: int, compiled: bool) -> dict[str, Any]:
+    forms: dict[str, Callable[[], Any]] = {
+        "triton": partial(case.run, "triton"),
+        "eager": partial(case.run, "reference"),
+    }
+    if case.published is not None:
+        forms["published"] = case.published
+    if compiled:
+        forms |= {f"{name} compiled": torch.compile(form) for name, form in list(forms.items())[1:]}
+    with autotune():
+        got = forms["triton"]()
+        error = max(itertools.starmap(relative_error, zip(*map(_tensors, (got, forms["eager"]())), strict=True)))
+        waiting = {name: partial(_wait, form, device) for name, form in forms.items()}
+        for form in waiting.values():
+            for _ in range(_WARM_UPS):
+                form()
+        seconds = interleave(waiting, rounds)
+    spreads = {name: Spread.of(values) for name, values in seconds.items()}
+    ours = spreads["triton"].median
+    return {
+        "kernel": case.name,
+        "relative_error": error,
+        "milliseconds": {name: spread.milliseconds() for name, spread in spreads.items()},
+        "speedup": {name: spread.median / ours for name, spread in spreads.items() if name != "triton"},
+    }
+
+
+def _tensors(value: Any) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _wait(form: Callable[[], Any], device: torch.device) -> None:
+    form()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+

@@ -1,0 +1,148 @@
+"""`proteus-deploy bench`: how fast is it on this machine, and against what?"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from proteus_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from proteus_deploy.benchmarks.bench import BenchSettings
+    from proteus_deploy.bundle import Bundle
+    from proteus_deploy.checkpoint import Checkpoint
+
+NAME = "bench"
+HELP = "time the denoising loop of every backend side by side, against the published form"
+
+_SIZES = ("tiny", "mini", "5b")  # benchmarks.sizes has them; importing it here would load torch
+_LARGE = "5b"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="folder that `export` wrote")
+    parser.add_argument("--size", choices=_SIZES, help="a model that comes with it (default: tiny)")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="your own, for PyTorch candidates")
+    parser.add_argument(
+        "--candidate",
+        action="append",
+        metavar="FORM:BACKEND:PRECISION",
+        help="such as exact:compiled:bf16; repeatable (default: what is usual on the device)",
+    )
+    parser.add_argument(
+        "--baseline", choices=("published", "none"), default="published", help="what is always measured too"
+    )
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="a plan to measure as plan:compiled:bf16")
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help="of each loop (default: 50)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="loops of each (default: 3)")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--no-memory", action="store_true", help="leave out memory and cold start")
+    parser.add_argument("--work-dir", type=Path, metavar="DIR", help="keep what was exported on the way")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result file")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the rows as CSV")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table as Markdown")
+    parser.add_argument("--report", type=Path, metavar="FILE.html", help="also write a page to look at")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print; 0, or 1 when a candidate failed. Raises InputError or BackendError."""
+    from proteus_deploy._files import check_writable, write_json
+    from proteus_deploy.benchmarks import bench_report
+    from proteus_deploy.benchmarks.bench import run_bench
+    from proteus_deploy.benchmarks.candidates import default_candidates, parse_candidate, with_baselines
+    from proteus_deploy.cli.output import print_table
+    from proteus_deploy.cli.progress import PhaseProgress
+
+    files = (arguments.json, arguments.csv, arguments.markdown, arguments.report)
+    for file in files:
+        if file is not None:
+            check_writable(file)
+    settings = _settings(arguments)
+    planned = settings.plan is not None
+    if arguments.candidate:
+        candidates = [parse_candidate(text) for text in arguments.candidate]
+    else:
+        candidates = default_candidates(arguments.device, planned=planned)
+    if arguments.baseline == "published":
+        candidates = with_baselines(candidates)
+    candidates = list(dict.fromkeys(candidates))
+    if any(one.form == "plan" for one in candidates) and not planned:
+        raise InputError("a candidate has the form 'plan', and there is no plan; add --plan FILE")
+    with _work_folder(arguments.work_dir) as work:
+        checkpoint, bundle = _subject(arguments, work)
+        with PhaseProgress() as progress:
+            document = run_bench(checkpoint, bundle, candidates, settings, work, report=progress)
+    print_table(bench_report.HEADERS, bench_report.table(document))
+    print(f"\n{bench_report.conditions(document)}")
+    if arguments.json is not None:
+        write_json(arguments.json, document)
+    for file, make in (
+        (arguments.csv, bench_report.to_csv),
+        (arguments.markdown, bench_report.markdown),
+        (arguments.report, bench_report.page),
+    ):
+        if file is not None:
+            bench_report.write_text(file, make(document))
+    return 1 if any(row["status"] == "failed" for row in document["rows"]) else 0
+
+
+def _settings(arguments: argparse.Namespace) -> BenchSettings:
+    from proteus_deploy.benchmarks.bench import BenchSettings
+    from proteus_deploy.policies.plan import read_plan
+
+    for name in ("steps", "rounds"):
+        if getattr(arguments, name) < 1:
+            raise InputError(f"--{name} is {getattr(arguments, name)}; choose at least 1")
+    plan = None if arguments.plan is None else read_plan(arguments.plan)
+    if plan is not None:
+        plan.check(steps=arguments.steps, guided=True)
+    own = arguments.bundle or arguments.checkpoint
+    return BenchSettings(
+        size=arguments.size or ("tiny" if own is None else own.resolve().name),
+        steps=arguments.steps,
+        rounds=arguments.rounds,
+        device=arguments.device,
+        plan=plan,
+        memory=not arguments.no_memory,
+    )
+
+
+def _subject(arguments: argparse.Namespace, work: Path) -> tuple[Checkpoint | None, Bundle | None]:
+    """What is measured: a size, a bundle, a checkpoint, or a bundle with its checkpoint."""
+    from proteus_deploy.benchmarks.sizes import open_size
+    from proteus_deploy.checkpoint import Checkpoint
+    from proteus_deploy.cli.paths import open_bundle
+
+    own = [path for path in (arguments.bundle, arguments.checkpoint) if path is not None]
+    if arguments.size is not None and own:
+        raise InputError(f"--size {arguments.size} brings its own model; leave it out, or leave out {own[0]}")
+    if not own:
+        size = arguments.size or "tiny"
+        if size == _LARGE and arguments.device == "cpu":
+            raise InputError("--size 5b takes days on a CPU; add --device cuda, or choose --size mini")
+        return open_size(size, work), None
+    checkpoint = None if arguments.checkpoint is None else Checkpoint.open(arguments.checkpoint)
+    bundle = None if arguments.bundle is None else open_bundle(arguments.bundle)
+    if checkpoint is not None and bundle is not None:
+        wanted = bundle.manifest["checkpoint"]["hash"]
+        if checkpoint.hash != wanted:
+            raise InputError(
+                f"{arguments.bundle} was exported from another checkpoint than {arguments.checkpoint} "
+                f"(hash {wanted[:12]}, not {checkpoint.hash[:12]}); pass the one it came from"
+            )
+    return checkpoint, bundle
+
+
+@contextlib.contextmanager
+def _work_folder(given: Path | None) -> Iterator[Path]:
+    if given is not None:
+        given.mkdir(parents=True, exist_ok=True)
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="proteus-bench-") as folder:
+        yield Path(folder)

@@ -1,0 +1,210 @@
+"""`proteus-deploy tune`: which plan leaves out most and still gives the video?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from proteus_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from proteus_deploy.benchmarks.tuning import TuningCase
+    from proteus_deploy.evaluate.budget import Budget
+    from proteus_deploy.pipeline import Pipeline
+
+NAME = "tune"
+HELP = "find the plan that leaves out most work inside a quality budget"
+
+_TEXTS = ("name", "person", "photo", "prompt", "identity_prompt")
+_MAX_FILE_BYTES = 16 << 20
+_BACKENDS = ("onnxruntime", "openvino", "tensorrt", "eager", "compiled")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    parser.add_argument(
+        "path",
+        type=Path,
+        nargs="?",
+        metavar="BUNDLE_OR_CHECKPOINT",
+        help="default: the tiny model that ships, on drawn people",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="PLAN.json", help="file for the plan")
+    parser.add_argument("--cases", type=Path, metavar="FILE", help="JSON list of photos and prompts")
+    parser.add_argument("--budget", type=Path, metavar="FILE", help="TOML of bounds (default: docs/tune.md)")
+    parser.add_argument("--encoders", type=Path, metavar="DIR", help="networks that measure the videos")
+    parser.add_argument("--num-inference-steps", type=int, default=50, metavar="N", help="(default: 50)")
+    parser.add_argument("--guidance-scale", type=float, metavar="W", help="(default: 6, tiny model 2)")
+    parser.add_argument("--people", type=int, default=4, metavar="N", help="drawn people (default: 4)")
+    parser.add_argument("--backend", choices=_BACKENDS, help="as for generate")
+    parser.add_argument("--device", help="e.g. cpu, cuda (default: the backend's own)")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="checkpoint only (default: fp32)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every trial as JSON")
+    parser.add_argument("--report", type=Path, metavar="FILE.html", help="also write a page with the front")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Search, print the trials, write the plan. Raises InputError or BackendError."""
+    from proteus_deploy._files import check_writable, write_json
+    from proteus_deploy.benchmarks.bench_report import write_text
+    from proteus_deploy.benchmarks.tuning import search_plan
+    from proteus_deploy.benchmarks.tuning_report import HEADERS, page, row, tuning_document
+    from proteus_deploy.cli.output import print_table
+    from proteus_deploy.cli.progress import PhaseProgress
+    from proteus_deploy.evaluate.encoders import load_encoders
+    from proteus_deploy.tiny.trained import ENCODERS
+
+    for file in (arguments.output, arguments.json, arguments.report):
+        if file is not None:
+            check_writable(file)
+    if arguments.path is not None and (arguments.cases is None or arguments.encoders is None):
+        missing = "--cases" if arguments.cases is None else "--encoders"
+        raise InputError(f"{arguments.path} needs {missing}: only the model that ships brings its own")
+    budget = _budget(arguments.budget)
+    cases = _drawn_cases(arguments) if arguments.cases is None else _read_cases(arguments)
+    encoders = load_encoders(arguments.encoders or ENCODERS)
+    with _open(arguments) as pipeline, PhaseProgress() as progress:
+        tuning = search_plan(pipeline, cases, budget, encoders, report=progress)
+    ordered = sorted(tuning.trials, key=lambda trial: trial.work)
+    print_table(HEADERS, [row(trial) for trial in ordered])
+    print(f"\n{tuning.chosen.name}: {tuning.chosen.work:.0%} of the rows, within “{budget.name}”")
+    tuning.chosen.plan.save(arguments.output)
+    document = tuning_document(tuning, _about(arguments, budget, cases))
+    if arguments.json is not None:
+        write_json(arguments.json, document)
+    if arguments.report is not None:
+        bound = next((one.limit for one in budget.bounds if (one.metric, one.kind) == ("psnr", "min")), None)
+        write_text(arguments.report, page(tuning, document, bound))
+    return 0
+
+
+def _budget(file: Path | None) -> Budget:
+    from proteus_deploy.benchmarks.tuning import DEFAULT_BUDGET
+    from proteus_deploy.evaluate.budget import read_budget
+    from proteus_deploy.evaluate.metrics import METRICS
+
+    return DEFAULT_BUDGET if file is None else read_budget(file, METRICS)
+
+
+def _open(arguments: argparse.Namespace) -> Pipeline:
+    from proteus_deploy.cli.paths import kind_of, open_bundle
+    from proteus_deploy.pipeline import Pipeline
+    from proteus_deploy.tiny.trained import MODEL
+
+    path = MODEL if arguments.path is None else arguments.path
+    if kind_of(path) == "bundle":
+        if arguments.dtype is not None:
+            raise InputError("--dtype is for checkpoints; a bundle has the precision it was exported in")
+        backend = arguments.backend or "onnxruntime"
+        return Pipeline.from_bundle(open_bundle(path), backend=backend, device=arguments.device)
+    backend = arguments.backend or "eager"
+    if backend not in ("eager", "compiled"):
+        raise InputError(f"--backend {backend} runs bundles and {path} is a checkpoint; export it first")
+    return Pipeline.from_checkpoint(
+        path,
+        device=arguments.device or "cpu",
+        dtype=arguments.dtype or "float32",
+        compiled=backend == "compiled",
+    )
+
+
+def _drawn_cases(arguments: argparse.Namespace) -> list[TuningCase]:
+    """People who were neither trained on nor held out for the measures, each with another movement."""
+    from proteus_deploy.benchmarks.tiny_model_quality import VALIDATION, cases
+    from proteus_deploy.benchmarks.tuning import TuningCase
+    from proteus_deploy.request import GenerateRequest
+    from proteus_deploy.tiny.trained import GUIDANCE_SCALE
+    from proteus_deploy.training.avatars import make_photo
+
+    if not 1 <= arguments.people <= len(VALIDATION):
+        raise InputError(f"--people is {arguments.people}; choose 1 to {len(VALIDATION)}")
+    return [
+        TuningCase(
+            case.name,
+            str(case.person),
+            GenerateRequest(
+                prompt=case.drawn.prompt,
+                identity_prompt=case.drawn.identity_prompt,
+                photo=make_photo(case.person, 0).image,
+                num_inference_steps=arguments.num_inference_steps,
+                guidance_scale=arguments.guidance_scale or GUIDANCE_SCALE,
+                seed=case.seed,
+            ),
+        )
+        for case in cases(VALIDATION[: arguments.people], 1)
+    ]
+
+
+def _read_cases(arguments: argparse.Namespace) -> list[TuningCase]:
+    """Of a JSON list of {photo, prompt, identity_prompt, seed, person, name}; paths relative to the file."""
+    from proteus_deploy.benchmarks.tuning import TuningCase
+    from proteus_deploy.request import GenerateRequest
+
+    file: Path = arguments.cases
+    try:
+        if file.stat().st_size > _MAX_FILE_BYTES:
+            raise InputError(f"{file} has more than {_MAX_FILE_BYTES} bytes; it is no list of cases")
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"cases {file} is not readable JSON ({error})") from error
+    if not isinstance(document, list) or not document:
+        raise InputError(f'cases {file} must be a JSON list, like [{{"photo": "a.jpg", "prompt": "…"}}]')
+    found = []
+    for number, entry in enumerate(document, 1):
+        _check_entry(f"{file}, case {number}", entry)
+        photo = file.parent / entry["photo"]
+        if not photo.is_file():
+            raise InputError(f"{file}, case {number}: {photo} is not a file")
+        name = entry.get("name") or f"{number} {photo.stem}"
+        request = GenerateRequest(
+            prompt=entry["prompt"],
+            identity_prompt=entry.get("identity_prompt") or "",
+            photo=photo,
+            num_inference_steps=arguments.num_inference_steps,
+            guidance_scale=arguments.guidance_scale or 6.0,
+            seed=entry.get("seed", 42),
+        )
+        found.append(TuningCase(name, entry.get("person") or name, request))
+    return found
+
+
+def _check_entry(where: str, entry: Any) -> None:
+    if not isinstance(entry, Mapping):
+        raise InputError(f"{where} is {entry!r}; a case is an object with the keys photo and prompt")
+    unknown = sorted(set(entry) - {*_TEXTS, "seed"})
+    if unknown:
+        raise InputError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join((*_TEXTS, 'seed'))}")
+    for key in _TEXTS:
+        value = entry.get(key)
+        if (value is None and key in ("photo", "prompt")) or not isinstance(value, str | None):
+            raise InputError(f"{where}: {key} is {value!r}; it is text")
+    if type(entry.get("seed", 0)) is not int:
+        raise InputError(f"{where}: seed is {entry['seed']!r}; it is a whole number")
+
+
+def _about(
+    arguments: argparse.Namespace, budget: Budget, cases: list[TuningCase]
+) -> dict[str, Mapping[str, Any] | str]:
+    from proteus_deploy.benchmarks.machine import describe_commit, describe_machine, describe_versions
+
+    request = cases[0].request
+    return {
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+        "commit": describe_commit(Path(__file__).resolve().parents[2]),
+        "settings": {
+            "model": "the tiny model that ships" if arguments.path is None else arguments.path.name,
+            "backend": arguments.backend or "the kind's own",
+            "dtype": arguments.dtype or "fp32",
+            "budget": budget.name,
+            "bounds": [f"{bound.metric} {bound.text}" for bound in budget.bounds],
+            "num_inference_steps": request.num_inference_steps,
+            "guidance_scale": request.guidance_scale,
+            "cases": [case.name for case in cases],
+        },
+    }

@@ -1,0 +1,88 @@
+"""The denoising loop, one step at a time, on any backend.
+
+Axes: B videos, 2B rows under guidance (negative prompts first), F latent frames, C latent channels, h and w
+latent pixels.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from proteus_deploy.policies.plan_run import PlanRun
+    from proteus_deploy.schedulers import Stepper
+
+__all__ = ["StepCondition", "StepResult", "denoising_steps"]
+
+
+class StepCondition(Protocol):
+    """What the loop is given besides noise; `conditioning.Condition` is what the pipeline makes of a request.
+
+    image [2B or B, F, C, h, w] and text [2B or B, L, d_text]: rows from the end are taken where a step needs
+    fewer. gate [1] float32. generators: one per video, for the schedulers that draw noise.
+    """
+
+    @property
+    def image(self) -> Tensor: ...
+    @property
+    def text(self) -> Tensor: ...
+    @property
+    def gate(self) -> Tensor: ...
+    @property
+    def generators(self) -> list[torch.Generator]: ...
+
+    def face_tokens(self, index: int, rows: int) -> Tensor:
+        """Of step `index`: [1 or rows, Q, d_face]."""
+
+
+@dataclass(frozen=True, eq=False)
+class StepResult:
+    """Latents [B, F, C, h, w] after step `index`.
+
+    computed: the denoiser ran in it. finite: no latent is NaN or infinite. seconds: wall time of the step.
+    """
+
+    index: int
+    timestep: int
+    latents: Tensor
+    computed: bool
+    finite: bool
+    seconds: float
+
+
+def denoising_steps(
+    denoiser: Callable[..., Mapping[str, Tensor]],
+    condition: StepCondition,
+    stepper: Stepper,
+    policy: PlanRun,
+    latents: Tensor,
+    scale_at: Callable[[int, int], float],
+) -> Iterator[StepResult]:
+    """Yield each step's result; the work of a step is done when it is asked for.
+
+    latents: noise [B, F, C, h, w] in the backend's dtype, scaled for the first step; every result has that
+    dtype. scale_at: (step, timestep) -> guidance scale.
+    """
+    for index, timestep in enumerate(stepper.timesteps.tolist()):
+        started = time.perf_counter()
+        step = policy.begin(index, latents, stepper.levels(index))
+        if step.computed:
+            rows = stepper.scale_input(torch.cat([latents, latents]) if step.both else latents, index)
+            velocity = denoiser(
+                latents=torch.cat((rows, condition.image[-len(rows) :]), dim=2),
+                text=condition.text[-len(rows) :],
+                timestep=torch.full((len(rows),), timestep, device=rows.device),
+                face_tokens=condition.face_tokens(index, len(rows)),
+                identity_gate=condition.gate * step.gate,
+            )["velocity"]
+            policy.keep(step, velocity.float())
+        guided = policy.velocity(scale_at(index, timestep))
+        latents = stepper.step(guided, index, latents, condition.generators).to(latents.dtype)
+        finite = bool(torch.isfinite(latents).all())  # waits for the device, so the seconds are the step's
+        yield StepResult(index, timestep, latents, step.computed, finite, time.perf_counter() - started)

@@ -1,0 +1,137 @@
+"""The search for a plan: what it tries, what it takes, and the published form it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from proteus_deploy.benchmarks import tuning as module
+from proteus_deploy.benchmarks.published_form import use_published_form
+from proteus_deploy.benchmarks.tuning import TuningCase, search_plan
+from proteus_deploy.benchmarks.tuning_report import page, row, tuning_document
+from proteus_deploy.errors import InputError
+from proteus_deploy.evaluate.budget import Bound, Budget
+from proteus_deploy.evaluate.encoders import Encoders
+from proteus_deploy.pipeline import Pipeline
+from proteus_deploy.policies.plan import Plan
+from proteus_deploy.policies.step_cache import EasyCache
+from proteus_deploy.request import GenerateRequest
+
+BUDGET = Budget((Bound("psnr", "min", 25.0),), name="25 dB")
+STEPS = 10
+
+
+@pytest.fixture(name="cases")
+def _cases(small_request: Callable[..., GenerateRequest]) -> list[TuningCase]:
+    return [
+        TuningCase(f"case {seed}", str(seed), small_request(num_inference_steps=STEPS, seed=seed))
+        for seed in (1, 2)
+    ]
+
+
+@pytest.fixture(name="short_sweeps")
+def _short_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer settings of each policy: the search is the same."""
+    monkeypatch.setattr(module, "_THRESHOLDS", (0.0, 0.02, 100.0))
+    monkeypatch.setattr(module, "REUSES", ("velocity",))
+    monkeypatch.setattr(module, "_EVERY", (2,))
+    monkeypatch.setattr(module, "_LOWEST", (200,))
+
+
+@pytest.mark.usefixtures("short_sweeps")
+def test_the_chosen_plan_is_the_cheapest_that_passes(
+    parity_pipeline: Pipeline, cases: list[TuningCase]
+) -> None:
+    found = search_plan(parity_pipeline, cases, BUDGET, Encoders())
+    exact = found.trials[0]
+    assert (exact.name, exact.work, exact.means["psnr"]) == ("exact", 1.0, 100.0)
+    passing = [trial for trial in found.trials if trial.gate.passed]
+    assert found.chosen.work == min(trial.work for trial in passing)
+    assert all(trial.gate.passed == (trial.means["psnr"] >= 25.0) for trial in found.trials)
+    named = {trial.name: trial for trial in found.trials}
+    # A threshold of 0 leaves nothing out: the same video, all the work.
+    assert named["easycache velocity 0"].work == 1.0
+    assert named["easycache velocity 0"].means["psnr"] == 100.0
+    assert any("," in name for name in named), "policies were never combined"
+    combined = next(trial for name, trial in named.items() if "," in name)
+    assert combined.plan.step_cache is not None
+    assert combined.plan.guidance_reuse is not None or combined.plan.guidance_interval is not None
+    front = found.front()
+    assert [trial.work for trial in front] == sorted(trial.work for trial in front)
+    assert [trial.means["psnr"] for trial in front] == sorted(trial.means["psnr"] for trial in front)
+
+
+@pytest.mark.usefixtures("short_sweeps")
+def test_work_is_counted_in_rows(parity_pipeline: Pipeline, cases: list[TuningCase]) -> None:
+    """Guidance every other step between 5 warm steps and 1 last: 8 of 10 steps with both prompts."""
+    found = search_plan(parity_pipeline, cases[:1], BUDGET, Encoders())
+    named = {trial.name: trial for trial in found.trials}
+    assert named["guidance every 2"].work == (10 + 8) / 20
+
+
+@pytest.mark.usefixtures("short_sweeps")
+def test_documents(parity_pipeline: Pipeline, cases: list[TuningCase]) -> None:
+    found = search_plan(parity_pipeline, cases[:1], BUDGET, Encoders())
+    document = tuning_document(found, {"settings": {"model": "<model>", "budget": BUDGET.name}})
+    assert document["chosen"] == found.chosen.name
+    assert [trial["name"] for trial in document["trials"]] == [trial.name for trial in found.trials]
+    text = page(found, document, 25.0)
+    assert "&lt;model&gt;" in text
+    assert "<script" not in text
+    assert text.count("<svg") == 1
+    broken = next(trial for trial in found.trials if not trial.gate.passed)
+    assert row(broken)[-1] == "broken: psnr"
+
+
+def test_wrong_cases(parity_pipeline: Pipeline, cases: list[TuningCase]) -> None:
+    with pytest.raises(InputError, match="there are no cases"):
+        search_plan(parity_pipeline, [], BUDGET, Encoders())
+    other = replace(cases[1], request=replace(cases[1].request, num_inference_steps=STEPS + 1))
+    with pytest.raises(InputError, match=r"differ in num_inference_steps .*a plan belongs to one schedule"):
+        search_plan(parity_pipeline, [cases[0], other], BUDGET, Encoders())
+    planned = replace(cases[0].request, plan=Plan(step_cache=EasyCache(threshold=0.1)))
+    with pytest.raises(InputError, match="case 1 has a plan; tuning starts from exact requests"):
+        search_plan(parity_pipeline, [replace(cases[0], request=planned)], BUDGET, Encoders())
+
+
+def test_a_budget_that_nothing_meets(parity_pipeline: Pipeline, cases: list[TuningCase]) -> None:
+    unreachable = Budget((Bound("psnr", "min", 101.0),), name="impossible")
+    with pytest.raises(InputError, match=r"impossible: the exact videos break it .*choose wider bounds"):
+        search_plan(parity_pipeline, cases[:1], unreachable, Encoders())
+
+
+@pytest.fixture(name="published")
+def _published(parity: Path) -> Iterator[Pipeline]:
+    with Pipeline.from_checkpoint(parity / "checkpoint") as pipeline:
+        yield pipeline
+
+
+def test_the_published_form_gives_the_same_video(
+    published: Pipeline, parity_pipeline: Pipeline, small_request: Callable[..., GenerateRequest]
+) -> None:
+    request = small_request(num_inference_steps=3)
+    calls: list[str] = []
+    for name in ("identity_fusion", "identity_schedule"):
+        stage: Any = published.stages[name]
+
+        class Counted:
+            inputs = stage.inputs
+
+            def __init__(self, name: str, stage: Any) -> None:
+                self.name, self.stage = name, stage
+
+            def __call__(self, **inputs: Any) -> Any:
+                calls.append(self.name)
+                return self.stage(**inputs)
+
+        published.stages[name] = Counted(name, stage)  # type: ignore[assignment]
+    use_published_form(published)
+    frames = published.generate(request).frames
+    torch.testing.assert_close(frames, parity_pipeline.generate(request).frames, rtol=0, atol=1e-5)
+    # Once before the loop, as ours does, and once more in each of the three steps.
+    assert calls.count("identity_fusion") == calls.count("identity_schedule") == 4

@@ -1,0 +1,137 @@
+"""`proteus-deploy bench`: rows, files, and what is said when something is missing or wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proteus_deploy.benchmarks import bench, sizes
+from proteus_deploy.cli import bench as command
+from proteus_deploy.cli.main import main
+
+
+def run(*words: str) -> int:
+    return main(["bench", "--steps", "2", "--rounds", "2", "--no-memory", *words])
+
+
+def test_rows_and_files(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {kind: tmp_path / f"bench.{kind}" for kind in ("json", "csv", "markdown")}
+    page = tmp_path / "bench.html"
+    words = [word for kind, file in files.items() for word in (f"--{kind}", str(file))]
+    words += ["--checkpoint", str(tiny_checkpoint), "--report", str(page)]
+    assert run("--candidate", "exact:eager:bf16", "--candidate", "exact:tensorrt:bf16", *words) == 0
+    document = json.loads(files["json"].read_text())
+    rows = {row["case"]: row for row in document["rows"]}
+    assert list(rows) == [
+        "published:eager:fp32",
+        "published:eager:bf16",
+        "exact:eager:bf16",
+        "exact:tensorrt:bf16",
+    ]
+    absent = rows.pop("exact:tensorrt:bf16")
+    assert absent["status"] == "not measured"
+    assert absent["reason"] == 'tensorrt is not installed; pip install "proteus-deploy[tensorrt]"'
+    for row in rows.values():
+        assert row["status"] == "ok"
+        assert row["latency_ms"]["n"] == 2
+        assert row["step_ms"]["n"] == 4
+        assert row["latency_ms"]["median"] > row["step_ms"]["median"] > row["floor_ms"] > 0
+    assert rows["published:eager:fp32"]["relative_error"] == 0
+    assert rows["published:eager:fp32"]["speedup_vs_published_fp32"] == 1
+    assert 0 < rows["exact:eager:bf16"]["relative_error"] < 0.5
+    assert document["ceilings"]["flops_of_a_step"] > 0
+    assert {"machine", "versions", "commit", "settings"} <= set(document)
+    assert document["settings"]["weights"]
+    with files["csv"].open() as stream:
+        table = list(csv.DictReader(stream))
+    assert [line["case"] for line in table] == [row["case"] for row in document["rows"]]
+    assert float(table[0]["latency_ms.median"]) == rows["published:eager:fp32"]["latency_ms"]["median"]
+    lines = files["markdown"].read_text().splitlines()
+    assert lines[0].startswith("| case | loop s |")
+    assert lines[5].startswith("| exact:tensorrt:bf16 |")
+    text = page.read_text()
+    assert text.count("<svg") == 2
+    assert "<script" not in text
+    output = capsys.readouterr()
+    assert output.out.splitlines()[0].split()[:2] == ["case", "loop"]
+    assert "interleaved rounds" in output.out
+    assert "timing: done" in output.err
+
+
+def test_a_bundle_alone(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Without a checkpoint there is no published form, and the rows say how to have it."""
+    pytest.importorskip("onnxruntime")
+    file = tmp_path / "bench.json"
+    assert run(str(tiny_bundle), "--candidate", "exact:onnxruntime:fp32", "--json", str(file)) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["status"] for row in rows] == ["not measured", "not measured", "ok"]
+    assert "add --checkpoint DIR" in rows[0]["reason"]
+    assert rows[2]["speedup_vs_published_fp32"] is None
+    assert rows[2]["relative_error"] is None
+
+
+def test_memory_is_measured_in_a_process_of_its_own(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    words = ["--checkpoint", str(tiny_checkpoint), "--candidate", "exact:eager:fp32", "--baseline", "none"]
+    assert main(["bench", "--steps", "1", "--rounds", "1", *words, "--json", str(file)]) == 0
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["peak_memory_bytes"] > 50 << 20
+    assert row["cold_start_s"] > 0
+    assert "memory_reason" not in row
+
+
+def test_a_candidate_that_fails_keeps_its_row(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "bench.json"
+    measured = bench.run_loop
+
+    def break_bf16(config: Any, scheduler: Any, backend: Any, *rest: Any, **how: Any) -> Any:
+        if "bfloat16" in str(backend.dtype):
+            raise RuntimeError("no such kernel")
+        return measured(config, scheduler, backend, *rest, **how)
+
+    monkeypatch.setattr(bench, "run_loop", break_bf16)
+    words = ["--checkpoint", str(tiny_checkpoint), "--candidate", "exact:eager:fp32", "--json", str(file)]
+    assert run(*words) == 1
+    rows = {row["case"]: row for row in json.loads(file.read_text())["rows"]}
+    assert rows["published:eager:bf16"]["status"] == "failed"
+    assert rows["published:eager:bf16"]["reason"] == "no such kernel"
+    assert rows["exact:eager:fp32"]["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--candidate", "exact:eager"], "is not form:backend:precision"),
+        (["--candidate", "fast:eager:fp32"], "form is 'fast'; choose from published, exact, plan"),
+        (["--candidate", "exact:cudnn:fp32"], "backend is 'cudnn'; choose from eager"),
+        (["--candidate", "exact:eager:int8"], "precision is 'int8'; choose from fp32"),
+        (["--candidate", "published:compiled:bf16"], "the published form runs in eager PyTorch"),
+        (["--candidate", "plan:eager:fp32"], "there is no plan; add --plan FILE"),
+        (["--steps", "0"], "--steps is 0; choose at least 1"),
+        (["--rounds", "0"], "--rounds is 0; choose at least 1"),
+        (["--size", "5b"], "--size 5b takes days on a CPU; add --device cuda"),
+        (["--size", "tiny", "--checkpoint", "x"], "--size tiny brings its own model; leave it out"),
+        (["--checkpoint", "nowhere"], "nowhere is not a folder"),
+        (["nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_input(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_foreign_checkpoint_is_refused(
+    tiny_bundle: Path, parity: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(str(tiny_bundle), "--checkpoint", str(parity / "checkpoint")) == 2
+    assert "was exported from another checkpoint" in capsys.readouterr().err
+
+
+def test_sizes_of_the_command_are_those_that_exist() -> None:
+    assert command._SIZES == sizes.SIZES

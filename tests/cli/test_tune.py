@@ -1,0 +1,73 @@
+"""`proteus-deploy tune`: the plan on disk, and wrong input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proteus_deploy.benchmarks import tuning
+from proteus_deploy.cli.main import main
+from proteus_deploy.policies.plan import read_plan
+from proteus_deploy.tiny.trained import ENCODERS, MODEL
+
+
+def test_the_shipped_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tuning, "_THRESHOLDS", (0.05,))
+    monkeypatch.setattr(tuning, "REUSES", ("velocity",))
+    monkeypatch.setattr(tuning, "_EVERY", (2,))
+    monkeypatch.setattr(tuning, "_LOWEST", ())
+    plan, document, page = (tmp_path / name for name in ("plan.json", "tuning.json", "tuning.html"))
+    words = ["--output", str(plan), "--json", str(document), "--report", str(page)]
+    assert main(["tune", "--people", "1", "--num-inference-steps", "8", *words]) == 0
+    found = json.loads(document.read_text())
+    assert found["settings"]["model"] == "the tiny model that ships"
+    assert found["trials"][0]["name"] == "exact"
+    chosen = next(trial for trial in found["trials"] if trial["name"] == found["chosen"])
+    assert chosen["passed"]
+    assert read_plan(plan).to_json() == chosen["plan"]
+    assert page.read_text().startswith("<!doctype html>")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["plan", "work", "psnr", "dB", "likeness", "motion", "budget"]
+    assert lines[-1].startswith(f"{found['chosen']}: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([str(MODEL)], "needs --cases: only the model that ships brings its own"),
+        ([str(MODEL), "--cases", "cases.json"], "needs --encoders"),
+        (["--people", "0"], "--people is 0; choose 1 to 30"),
+        (["--budget", "nowhere.toml"], "nowhere.toml"),
+        (["--backend", "openvino"], "--backend openvino runs bundles"),
+    ],
+)
+def test_wrong_flags(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tune", *words, "--output", str(tmp_path / "plan.json")]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ("{", "is not readable JSON"),
+        ([], "must be a JSON list"),
+        (["a.jpg"], "case 1 is 'a.jpg'; a case is an object"),
+        ([{"photo": "a.jpg"}], "case 1: prompt is None; it is text"),
+        ([{"photo": "a.jpg", "prompt": "waves", "sed": 1}], "unknown key 'sed'"),
+        ([{"photo": "a.jpg", "prompt": "waves", "seed": "1"}], "seed is '1'; it is a whole number"),
+        ([{"photo": "a.jpg", "prompt": "waves"}], "a.jpg is not a file"),
+    ],
+)
+def test_wrong_cases(document: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "cases.json"
+    file.write_text(document if isinstance(document, str) else json.dumps(document))
+    words = ["--cases", str(file), "--encoders", str(ENCODERS), "--output", str(tmp_path / "plan.json")]
+    assert main(["tune", str(MODEL), *words]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,59 @@
+"""The denoiser on the fused kernels against the plain one, on the weights of the miniature checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from proteus_deploy.checkpoint import Checkpoint
+from proteus_deploy.errors import BackendError
+from proteus_deploy.kernels import launch
+from proteus_deploy.model.fused_block import FusedBlock
+from proteus_deploy.network_factory import NetworkFactory
+from proteus_deploy.runtime.eager import EagerBackend
+from proteus_deploy.stages import sample_inputs
+from proteus_deploy.testing import Tolerance, assert_close
+
+SAME = Tolerance(1e-5, "relative", "float32 rounding: sums in another order, identity attention folded")
+
+
+@pytest.fixture(name="checkpoint")
+def _checkpoint(parity: Path) -> Checkpoint:
+    return Checkpoint.open(parity / "checkpoint")
+
+
+@pytest.mark.parametrize("gate", [1.0, 0.0])
+def test_velocities_are_the_same(checkpoint: Checkpoint, device: torch.device, gate: float) -> None:
+    plain, fused = (
+        EagerBackend(checkpoint, device=str(device), kernels=kernels) for kernels in ("reference", "triton")
+    )
+    assert (plain.name, fused.name) == ("eager", "eager-triton")
+    graph = plain.table.graph("denoiser")
+    inputs = sample_inputs(graph, plain.table.sizes("opt") | {"B": 2})
+    inputs["identity_gate"] *= gate
+    moved = {name: value.to(device) for name, value in inputs.items()}
+    want = plain.runner("denoiser")(**moved)["velocity"]
+    got = fused.runner("denoiser")(**moved)["velocity"]
+    assert_close("velocity", got, want, SAME)
+
+
+def test_the_fused_denoiser_has_the_same_parameters(checkpoint: Checkpoint) -> None:
+    plain = NetworkFactory(checkpoint)("denoiser").module
+    fused = NetworkFactory(checkpoint, kernels="triton")("denoiser").module
+    assert {name: value.shape for name, value in plain.state_dict().items()} == {
+        name: value.shape for name, value in fused.state_dict().items()
+    }
+    assert any(isinstance(module, FusedBlock) for module in fused.modules())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs them")
+def test_without_gpu_or_interpreter_they_are_refused(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_is_interpreted", lambda _: False)
+    backend = EagerBackend(checkpoint, kernels="triton")
+    inputs = sample_inputs(backend.table.graph("denoiser"), backend.table.sizes("min"))
+    with pytest.raises(BackendError, match="TRITON_INTERPRET=1"):
+        backend.runner("denoiser")(**inputs)
