@@ -213,7 +213,7 @@ def _compare(
             row[key] = None if baseline is None else baseline / row["latency_ms"]["median"]
         mine = opened[row["case"]].latents
         known = truth is not None and truth.latents is not None and mine is not None
-        row["relative_error"] = relative_error(mine, truth.latents) if known else None  # type: ignore[arg-type,union-attr]
+        row["relative_error"] = relative_error(mine, truth.latents) if known else None  # type: ignore[union-attr]
         rate = ceilings.get(f"products_{row['precision']}")
         floor = None if flops is None or rate is None else 1e3 * flops / rate
         row["floor_ms"] = floor

@@ -27,7 +27,7 @@ from proteus_deploy.kernels.identity_attention import (
     fused_identity_attention,
     fused_identity_attention_unfolded,
 )
-from proteus_deploy.kernels.launch import autotune
+from proteus_deploy.kernels.launch import Backend, autotune
 from proteus_deploy.kernels.modulated_norm import fused_modulated_norm
 from proteus_deploy.kernels.qk_norm_rotary import fused_qk_norm_rotary
 from proteus_deploy.reporting import Report, no_report
@@ -66,7 +66,7 @@ class KernelCase:
     """
 
     name: str
-    run: Callable[[str], Any]
+    run: Callable[[Backend], Any]
     bytes: int
     flops: int
     published: Callable[[], Any] | None = None
@@ -85,14 +85,14 @@ def kernel_cases(size: KernelSize, device: torch.device, dtype: torch.dtype) -> 
     value = torch.finfo(dtype).bits // 8
     text, video = normal(b, length, d), normal(b, n, d)
     names = ("video_shift", "video_scale", "video_gate", "text_shift", "text_scale", "text_gate")
-    vectors = dict(zip(names, normal(b, 1, 6 * d, scale=0.1).chunk(6, dim=-1), strict=True))
-    norm: dict[str, Any] = {"weight": normal(d), "bias": normal(d, scale=0.1), "eps": 1e-5}
-    shifts = {name: vector for name, vector in vectors.items() if "gate" not in name}
+    vectors: Any = dict(zip(names, normal(b, 1, 6 * d, scale=0.1).chunk(6, dim=-1), strict=True))
+    norm: Any = {"weight": normal(d), "bias": normal(d, scale=0.1), "eps": 1e-5}
+    shifts: Any = {name: vector for name, vector in vectors.items() if "gate" not in name}
     tokens = b * (length + n) * d
 
     inner, columns = size.identity_heads * size.identity_head, size.identity_heads * size.queries
     key, gain = normal(1, size.queries, inner), normal(1, size.queries, inner)
-    weights = {
+    weights: Any = {
         "norm_weight": normal(d),
         "norm_bias": normal(d, scale=0.1),
         "query_weight": normal(inner, d, scale=d**-0.5),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from proteus_deploy.benchmarks import bench, sizes
+from proteus_deploy.benchmarks import bench, denoising_loop, sizes
 from proteus_deploy.cli import bench as command
 from proteus_deploy.cli.main import main
 
@@ -88,7 +88,7 @@ def test_a_candidate_that_fails_keeps_its_row(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "bench.json"
-    measured = bench.run_loop
+    measured = denoising_loop.run_loop
 
     def break_bf16(config: Any, scheduler: Any, backend: Any, *rest: Any, **how: Any) -> Any:
         if "bfloat16" in str(backend.dtype):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -16,11 +18,13 @@ BFLOAT16 = Tolerance(1e-2, "relative", "bfloat16 rounding of scores and probabil
 
 def attend(form: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(2, 3, 40, 16, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
+    query, key, value = (
+        torch.randn(2, 3, 40, 16, generator=generator).to(dtype).requires_grad_() for _ in range(3)
+    )
     with attention_form(form):  # type: ignore[arg-type]
-        out = F.scaled_dot_product_attention(*inputs)
+        out = F.scaled_dot_product_attention(query, key, value)
         out.square().sum().backward()
-    return out.detach(), *(value.grad for value in inputs if value.grad is not None)
+    return out.detach(), *(one.grad for one in (query, key, value) if one.grad is not None)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16)])
@@ -35,7 +39,7 @@ def test_forward_and_backward_agree(dtype: torch.dtype, bound: Tolerance) -> Non
 @pytest.mark.parametrize("before", [False, True])
 def test_switches_are_put_back(before: bool) -> None:
     """Also when what is inside fails."""
-    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed
+    allowed: Any = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed
     seen = []
 
     def fail() -> None:
