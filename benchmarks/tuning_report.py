@@ -25,7 +25,7 @@ def row(trial: Trial) -> list[str]:
     means = trial.means
     shown = [
         "" if means.get(name) is None else f"{means[name]:{form}}"
-        for name, form in (("psnr", ".1f"), ("face_sim_arc", ".3f"), ("motion_person", ".2f"))
+        for name, form in (("psnr", ".1f"), ("face_sim_arc", ".3f"), ("motion_background", ".2f"))
     ]
     failed = ", ".join(one.metric for one in trial.gate.rows if not one.passed)
     return [trial.name, f"{trial.work:.2f}", *shown, "passed" if trial.gate.passed else f"broken: {failed}"]

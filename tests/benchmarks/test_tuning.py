@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from proteus_deploy.benchmarks import tuning as module
 from proteus_deploy.benchmarks.published_form import use_published_form
@@ -21,6 +20,7 @@ from proteus_deploy.pipeline import Pipeline
 from proteus_deploy.policies.plan import Plan
 from proteus_deploy.policies.step_cache import EasyCache
 from proteus_deploy.request import GenerateRequest
+from proteus_deploy.testing import TOLERANCES, assert_close
 
 BUDGET = Budget((Bound("psnr", "min", 25.0),), name="25 dB")
 STEPS = 10
@@ -132,6 +132,7 @@ def test_the_published_form_gives_the_same_video(
         published.stages[name] = Counted(name, stage)  # type: ignore[assignment]
     use_published_form(published)
     frames = published.generate(request).frames
-    torch.testing.assert_close(frames, parity_pipeline.generate(request).frames, rtol=0, atol=1e-5)
+    want = parity_pipeline.generate(request).frames
+    assert_close("frames", frames, want, TOLERANCES["parity", "frames"])
     # Once before the loop, as ours does, and once more in each of the three steps.
     assert calls.count("identity_fusion") == calls.count("identity_schedule") == 4
