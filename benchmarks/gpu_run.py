@@ -95,7 +95,9 @@ def _kernels(rehearse: bool) -> dict[str, Any]:
 
 def _loop(rehearse: bool, folder: Path) -> dict[str, Any]:
     precision = "fp32" if rehearse else "bf16"
-    backends = ["eager", "eager-triton"] if rehearse else ["eager", "compiled", "eager-triton", "compiled-triton"]
+    backends = (
+        ["eager", "eager-triton"] if rehearse else ["eager", "compiled", "eager-triton", "compiled-triton"]
+    )
     candidates = [Candidate("published", "eager", precision)]
     candidates += [Candidate("exact", backend, precision) for backend in backends]
     size = "tiny" if rehearse else "5b"

@@ -195,7 +195,9 @@ def _measure(case: KernelCase, device: torch.device, rounds: int, compiled: bool
         forms |= {f"{name} compiled": torch.compile(form) for name, form in list(forms.items())[1:]}
     with autotune():
         got = forms["triton"]()
-        error = max(itertools.starmap(relative_error, zip(*map(_tensors, (got, forms["eager"]())), strict=True)))
+        error = max(
+            itertools.starmap(relative_error, zip(*map(_tensors, (got, forms["eager"]())), strict=True))
+        )
         waiting = {name: partial(_wait, form, device) for name, form in forms.items()}
         for form in waiting.values():
             for _ in range(_WARM_UPS):
@@ -219,4 +221,3 @@ def _wait(form: Callable[[], Any], device: torch.device) -> None:
     form()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-

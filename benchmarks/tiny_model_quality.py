@@ -63,7 +63,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"person-{self.person:02d}-seed-{self.seed}"
+        """Names the video's file: another prompt is another video, whatever person and seed."""
+        motion = self.drawn.motion.replace(" ", "-")
+        return f"person-{self.person:02d}-seed-{self.seed}-{motion}"
 
 
 def cases(people: Sequence[int], seeds: int) -> list[Case]:

@@ -122,7 +122,9 @@ def search_plan(
     bench = _Bench(pipeline, cases, budget, encoders, report)
     exact = bench.exact()
     if not exact.gate.passed:
-        failed = "; ".join(f"{row.metric} {row.bound}: {row.reason}" for row in exact.gate.rows if not row.passed)
+        failed = "; ".join(
+            f"{row.metric} {row.bound}: {row.reason}" for row in exact.gate.rows if not row.passed
+        )
         raise InputError(f"{budget.name}: the exact videos break it ({failed}); choose wider bounds")
     trials = [exact]
     passed: dict[str, list[Trial]] = {"step_cache": [], "guidance": []}
@@ -165,7 +167,10 @@ def _sweeps(
         return ((f"{label} {value:g}", Plan(step_cache=make(value))) for value in _THRESHOLDS)
 
     for reuse in REUSES:
-        yield "step_cache", caches(lambda value, r=reuse: EasyCache(threshold=value, reuse=r), f"easycache {reuse}")  # type: ignore[misc]
+        yield (
+            "step_cache",
+            caches(lambda value, r=reuse: EasyCache(threshold=value, reuse=r), f"easycache {reuse}"),
+        )  # type: ignore[misc]
         yield (
             "step_cache",
             caches(

@@ -20,7 +20,7 @@ ENCODERS = Path(__file__).parent / "encoders"
 
 # What its figures were measured with.
 NUM_INFERENCE_STEPS = 25
-GUIDANCE_SCALE = 2.0
+GUIDANCE_SCALE = 1.25
 
 
 def copy_folder(source: Path, folder: Path) -> Path:

@@ -112,6 +112,13 @@ def test_opcheck(randn: Randn) -> None:
     torch.library.opcheck(op, tuple(problem("odd", randn).values()))
 
 
+def test_a_gradient_is_refused_and_not_dropped(randn: Randn) -> None:
+    arguments = problem("odd", randn)
+    arguments["query"].requires_grad_()
+    with pytest.raises(RuntimeError, match="backward through proteus_deploy.qk_norm_rotary"):
+        fused_qk_norm_rotary(**arguments)[0].sum().backward()
+
+
 def test_wrong_inputs_are_refused_by_name(randn: Randn) -> None:
     arguments = problem("odd", randn)
     with pytest.raises(InputError, match="the head size is 5; pairs need an even one"):

@@ -1,7 +1,8 @@
 """Which movement a clip shows: a small network on optical flow, trained on drawn clips.
 
-It judges videos of the tiny model, so it never sees one in training. Blurred copies of the clips, some of
-them blurred in time too, make it rely on what moves and not on how sharp it is.
+It judges videos of the tiny model, so it never sees one in training. Spoilt copies of the clips make it rely
+on what moves: blurred ones, some of them in time too, and ones that shimmer. Without those it takes any
+flicker of a wall for a moving camera, as nothing but a camera ever moves a drawn wall.
 
 Axes: N clips, F frames, a grid of G x G cells, S statistics of each cell.
 """
@@ -31,7 +32,17 @@ _STRIDES = (1, 4)  # frames from one to the next
 _STATISTICS = 7 * len(_STRIDES)
 _SETTINGS = FitSettings(steps=1500, learning_rate=2e-3, warmup=50, weight_decay=0.05, ema=0.99)
 _BATCH = 128
-_BLUR = ((0.0, 0.0), (0.8, 0.0), (1.4, 0.0), (0.8, 0.8))  # (pixels, frames); each clip is seen at every one
+# (blur in pixels, blur in frames, shimmer in levels); each clip is seen at every one.
+_SPOILT = (
+    (0.0, 0.0, 0.0),
+    (0.8, 0.0, 0.0),
+    (1.4, 0.0, 0.0),
+    (0.8, 0.8, 0.0),
+    (0.8, 0.0, 3.0),
+    (0.8, 0.8, 6.0),
+    (1.4, 0.0, 10.0),
+)
+_SHIMMER_GRAIN = 2.0  # pixels
 
 
 class MotionClassifier(nn.Module):
@@ -135,7 +146,7 @@ def train_motion_classifier(
     cancel: Event | None = None,
 ) -> MotionClassifier:
     """Train in `folder` (see fitting.fit). frames: uint8 [N, F, H, W, 3]; labels: int64 [N] in MOTIONS."""
-    features, repeated = _features(folder, frames, report), labels.repeat(len(_BLUR))
+    features, repeated = _features(folder, frames, report), labels.repeat(len(_SPOILT))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         network = MotionClassifier()
@@ -155,18 +166,19 @@ def train_motion_classifier(
 
 
 def _features(folder: Path, frames: NDArray[np.uint8], report: Report) -> Tensor:
-    """[len(_BLUR) * N, S, G, G], computed once: all clips as they are, then blurred."""
+    """[len(_SPOILT) * N, S, G, G], computed once: all clips as they are, then spoilt."""
     import numpy as np
 
     from proteus_deploy._files import atomic_file
 
-    file = folder / f"motion-features-{len(frames)}.npy"
+    file = folder / f"motion-features-{len(_SPOILT)}x{len(frames)}.npy"
     if not file.exists():
         rows = []
-        for place, (pixels, in_time) in enumerate(_BLUR):
+        for place, (pixels, in_time, levels) in enumerate(_SPOILT):
             for index, clip in enumerate(frames):
-                rows.append(motion_features(_blurred(clip, pixels, in_time)))
-                report("optical flow of clips", place * len(frames) + index + 1, len(_BLUR) * len(frames))
+                spoilt = _shimmering(_blurred(clip, pixels, in_time), levels, seed=index)
+                rows.append(motion_features(spoilt))
+                report("optical flow of clips", place * len(frames) + index + 1, len(_SPOILT) * len(frames))
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(file) as new, new.open("wb") as stream:
             np.save(stream, np.stack(rows))
@@ -188,4 +200,18 @@ def _blurred(clip: NDArray[np.uint8], pixels: float, in_time: float) -> NDArray[
         mixed = np.asarray(cv2.GaussianBlur(ends, (1, 9), sigmaX=1.0, sigmaY=in_time), dtype=np.uint8)
         seen = mixed[4:-4].reshape(seen.shape)
     result: NDArray[np.uint8] = np.ascontiguousarray(seen)
+    return result
+
+
+def _shimmering(clip: NDArray[np.uint8], levels: float, *, seed: int) -> NDArray[np.uint8]:
+    """The clip [F, H, W, 3] with smooth noise of that standard deviation, another in every frame."""
+    import cv2
+    import numpy as np
+
+    if not levels:
+        return clip
+    noise = np.random.default_rng(seed).standard_normal(clip.shape, dtype=np.float32)
+    smooth = np.stack([cv2.GaussianBlur(one, (0, 0), _SHIMMER_GRAIN) for one in noise])
+    shaken = clip + smooth * (levels / smooth.std())
+    result: NDArray[np.uint8] = shaken.round().clip(0, 255).astype(np.uint8)
     return result

@@ -37,6 +37,22 @@ def test_a_pan_is_flow_to_one_side_in_all_cells(pattern: np.ndarray) -> None:
     assert np.median(left[0]) == pytest.approx(-np.median(across), rel=0.1)
 
 
+def test_shimmer_is_noise_of_its_own_in_each_frame(pattern: np.ndarray) -> None:
+    grey = np.full((4, 96, 96, 3), 128, np.uint8)
+    seen = module._shimmering(grey, 6.0, seed=3)
+    assert np.array_equal(seen, module._shimmering(grey, 6.0, seed=3))
+    assert not np.array_equal(seen, module._shimmering(grey, 6.0, seed=4))
+    assert seen.dtype == np.uint8
+    assert (seen - 128.0).std() == pytest.approx(6, rel=0.05)
+    assert not np.array_equal(seen[0], seen[1])
+    # Smooth: neighbouring pixels are alike.
+    assert np.abs(np.diff(seen[0].astype(float), axis=1)).mean() < 3
+    assert module._shimmering(grey, 0.0, seed=3) is grey
+    # It moves nothing on average, and something everywhere.
+    features = motion_features(module._shimmering(np.stack([pattern[:, :96]] * 17), 6.0, seed=0))
+    assert np.abs(features[0]).mean() < 0.6 * features[5].mean()
+
+
 def test_it_learns_to_tell_clips_apart_and_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = ["walk by", "still"]
     clips = [make_clip(1000 + index, 0, motion=kinds[index % 2]) for index in range(8)]

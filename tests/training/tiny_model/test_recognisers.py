@@ -35,7 +35,8 @@ from proteus_deploy.training.tiny_model.recognisers import (
 )
 
 ROUNDING = Tolerance(1e-4, "absolute", "float32 rounding of angles near 0 and pi")
-SAME_MATHS = Tolerance(5e-6, "relative", "float32 rounding; folding a batch norm reorders products")
+# 1.5e-6 at most over four networks and three sets of pictures.
+SAME_MATHS = Tolerance(3e-6, "relative", "float32 rounding; folding a batch norm reorders products")
 
 
 @pytest.fixture(scope="module")
