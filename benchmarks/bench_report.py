@@ -1,4 +1,4 @@
-"""What a bench document looks like: a table for the terminal and for Markdown, CSV, and one page to look at."""
+"""What a bench document looks like: a table for the terminal and for Markdown, CSV, and one page."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ from proteus_deploy.reporting import Report, no_report
 if TYPE_CHECKING:
     from proteus_deploy.bundle import Bundle
     from proteus_deploy.checkpoint import Checkpoint
-    from proteus_deploy.policies.plan import Plan
     from proteus_deploy.runtime.backend import Backend
 
 __all__ = ["BASELINES", "Candidate", "Opener", "default_candidates", "parse_candidate", "with_baselines"]
@@ -29,7 +28,7 @@ _PACKAGE = {"onnxruntime": "onnxruntime", "openvino": "openvino", "tensorrt": "t
 
 @dataclass(frozen=True)
 class Candidate:
-    """form: "published" repeats the identity work in every step, "exact" does it once, "plan" leaves out more.
+    """form: "published" repeats identity work in every step, "exact" does it once, "plan" leaves out more.
 
     Raises InputError for a word that isn't known, or the published form on another backend than eager: it is
     what the authors' code does, and nothing exports it.
@@ -86,7 +85,7 @@ def default_candidates(device: str, *, planned: bool) -> list[Candidate]:
 
 
 class Opener:
-    """Opens the backend of a candidate; graphs of a checkpoint are exported below `work` when one needs them."""
+    """Opens the backend of a candidate; exports a checkpoint below `work` when one needs a bundle."""
 
     def __init__(
         self,
@@ -111,7 +110,7 @@ class Opener:
             )
         from proteus_deploy.runtime import open_bundle_backend
 
-        device = None if candidate.backend in ("tensorrt",) else self._device
+        device = None if candidate.backend == "tensorrt" else self._device
         return open_bundle_backend(self._bundle_in(candidate.precision), candidate.backend, device=device)
 
     def _torch(self, candidate: Candidate) -> Backend:

@@ -1,8 +1,8 @@
 """How fast is each Triton kernel, against its plain form and against what the machine can do?
 
-Every kernel is timed beside its reference, eager and compiled, in interleaved rounds at the published size (or a
-small one, to rehearse), and its share of the floor is taken: the larger of its bytes by the measured copy rate
-and its FLOPs by the measured product rate. Outputs are compared before anything is timed.
+Every kernel is timed beside its reference, eager and compiled, in interleaved rounds at the published size
+(or a small one, to rehearse), and its share of the floor is taken: the larger of its bytes by the measured copy
+rate and its FLOPs by the measured product rate. Outputs are compared before anything is timed.
 
 Axes: B batch, L text tokens, N video tokens, d width, H heads of identity attention, Q face tokens.
 """
@@ -41,7 +41,7 @@ _WARM_UPS = 3
 
 @dataclass(frozen=True)
 class KernelSize:
-    """Batch, text and video tokens, width, size of an attention head, identity heads and their size, tokens."""
+    """Batch, text and video tokens, width, size of an attention head; identity heads, their size, tokens."""
 
     batch: int
     text: int
@@ -61,8 +61,8 @@ SMALL = KernelSize(2, 3, 20, 64, 16, 2, 16, 4)
 class KernelCase:
     """run(backend) computes the kernel ("triton") or its plain form ("reference").
 
-    published: the eager form it replaces, where that isn't the plain form. bytes and flops: that the kernel has
-    to move and compute.
+    published: the eager form it replaces, where that isn't the plain form. bytes and flops: that the kernel
+    has to move and compute.
     """
 
     name: str

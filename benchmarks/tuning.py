@@ -65,7 +65,7 @@ class TuningCase:
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """A plan on every case. work: computed rows of the denoiser by those of the exact loop, mean of the cases.
+    """A plan on every case. work: computed denoiser rows by those of the exact loop, mean of the cases.
 
     means: each measure's mean over the cases.
     """
@@ -90,7 +90,7 @@ class Trial:
 
 @dataclass(frozen=True, eq=False)
 class Tuning:
-    """All trials in the order in which they were made, the first with nothing left out, and the chosen one."""
+    """All trials in the order they were made, the first with nothing left out, and the chosen one."""
 
     trials: tuple[Trial, ...]
     chosen: Trial

@@ -115,7 +115,7 @@ def test_opcheck(randn: Randn) -> None:
 def test_a_gradient_is_refused_and_not_dropped(randn: Randn) -> None:
     arguments = problem("odd", randn)
     arguments["query"].requires_grad_()
-    with pytest.raises(RuntimeError, match="backward through proteus_deploy.qk_norm_rotary"):
+    with pytest.raises(RuntimeError, match=r"backward through proteus_deploy\.qk_norm_rotary"):
         fused_qk_norm_rotary(**arguments)[0].sum().backward()
 
 

@@ -141,9 +141,9 @@ def test_opcheck(randn: Randn) -> None:
 def test_a_gradient_is_refused_and_not_dropped(randn: Randn) -> None:
     arguments = problem("odd", randn)
     arguments["video"].requires_grad_()
-    with pytest.raises(RuntimeError, match="backward through proteus_deploy.modulated_norm"):
+    with pytest.raises(RuntimeError, match=r"backward through proteus_deploy\.modulated_norm"):
         fused_modulated_norm(**norm_only(arguments)).sum().backward()
-    with pytest.raises(RuntimeError, match="backward through proteus_deploy.gated_residual_norm"):
+    with pytest.raises(RuntimeError, match=r"backward through proteus_deploy\.gated_residual_norm"):
         fused_gated_residual_norm(**arguments)[1].sum().backward()
 
 
