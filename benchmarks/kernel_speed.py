@@ -1,7 +1,7 @@
 """How fast is each Triton kernel, against its plain form and against what the machine can do?
 
 Every kernel is timed beside its reference, eager and compiled, in interleaved rounds at the published size
-(or a small one, to rehearse), and its share of the floor is taken: the larger of its bytes by the measured copy
+(or a small one, to rehearse). Its share of the floor is taken: the larger of its bytes by the measured copy
 rate and its FLOPs by the measured product rate. Outputs are compared before anything is timed.
 
 Axes: B batch, L text tokens, N video tokens, d width, H heads of identity attention, Q face tokens.
