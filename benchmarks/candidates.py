@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from proteus_deploy.bundle import Bundle
     from proteus_deploy.checkpoint import Checkpoint
     from proteus_deploy.runtime.backend import Backend
+    from proteus_deploy.runtime.eager import EagerBackend
 
 __all__ = ["BASELINES", "Candidate", "Opener", "default_candidates", "parse_candidate", "with_baselines"]
 
@@ -98,6 +99,7 @@ class Opener:
     ) -> None:
         self._checkpoint, self._bundle, self._work = checkpoint, bundle, work
         self._device, self._report = device, report
+        self._first: dict[str, EagerBackend] = {}  # of each precision: the others share its weights
 
     def __call__(self, candidate: Candidate) -> Backend:
         """Raises BackendError naming what is missing and how to get it."""
@@ -121,14 +123,17 @@ class Opener:
             raise BackendError(
                 f"{candidate.backend} runs a checkpoint, and only a bundle was given; add --checkpoint DIR"
             )
-        return EagerBackend(
+        backend = EagerBackend(
             self._checkpoint,
             dtype=resolve_dtype(candidate.precision),
             device=self._device,
             compiled=candidate.backend.startswith("compiled"),
             kernels="triton" if candidate.backend.endswith("-triton") else "reference",
             folded=candidate.form != "published",
+            weights_of=self._first.get(candidate.precision),
         )
+        self._first.setdefault(candidate.precision, backend)
+        return backend
 
     def _bundle_in(self, precision: str) -> Bundle:
         from proteus_deploy.bundle import Bundle

@@ -135,6 +135,12 @@ class Network:
         fill_computed_buffers(self.module, device)
         return self.module.eval().requires_grad_(False)
 
+    def share(self, other: nn.Module) -> nn.Module:
+        """As `materialise`, with the very tensors of a network that has the same parameters."""
+        self.module.load_state_dict(other.state_dict(), assign=True)
+        fill_computed_buffers(self.module, next(other.parameters()).device)
+        return self.module.eval().requires_grad_(False)
+
 
 def parameter_dtype(name: str, meta: Tensor, dtype: torch.dtype) -> torch.dtype:
     """Storage type of one parameter in a network of precision `dtype`.

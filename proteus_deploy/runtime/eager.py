@@ -39,10 +39,12 @@ class EagerBackend:
         folded: bool = False,
         kernels: Kernels = "reference",
         table: StageTable | None = None,
+        weights_of: EagerBackend | None = None,
     ) -> None:
         """folded: identity attention in its folded form. kernels: "triton" runs the denoiser on the fused
         kernels, which need a CUDA device (or Triton's interpreter). table: the contracts to hold to; None
-        makes one for any batch.
+        makes one for any batch. weights_of: a backend on the same checkpoint, device and dtype whose weights
+        are shared: two forms of a network take the memory of one.
 
         Raises BackendError when the device isn't here, or kernels can't run on it. Weights are read on first
         use of each network."""
@@ -52,6 +54,12 @@ class EagerBackend:
         self.table = table or build_stage_table(checkpoint, ExportRanges(max_videos=_UNLIMITED_VIDEOS))
         self._factory = NetworkFactory(checkpoint, folded=folded, kernels=kernels)
         self._compiled = compiled
+        self._weights_of = weights_of
+        if weights_of is not None and (weights_of.device, weights_of.dtype) != (self.device, dtype):
+            raise BackendError(
+                f"weights in {weights_of.dtype} on {weights_of.device} can't be shared by a backend in "
+                f"{dtype} on {self.device}; open it without weights_of"
+            )
         self._runners: dict[str, EagerGraph] = {}
 
     def runner(self, graph: str) -> EagerGraph:
@@ -59,7 +67,11 @@ class EagerBackend:
             contract = self.table.graph(graph)
             # First needed within a request, weights would be inference tensors, which nothing can change.
             with torch.inference_mode(False):
-                module = self._factory(graph).materialise(self.dtype, self.device)
+                network = self._factory(graph)
+                if self._weights_of is None:
+                    module = network.materialise(self.dtype, self.device)
+                else:
+                    module = network.share(self._weights_of.runner(graph).module)
             self._runners[graph] = EagerGraph(contract, module, compiled=self._compiled)
         return self._runners[graph]
 

@@ -48,6 +48,21 @@ def test_the_fused_denoiser_has_the_same_parameters(checkpoint: Checkpoint) -> N
     assert any(isinstance(module, FusedBlock) for module in fused.modules())
 
 
+def test_two_forms_share_their_weights(checkpoint: Checkpoint, device: torch.device) -> None:
+    plain = EagerBackend(checkpoint, device=str(device))
+    fused = EagerBackend(checkpoint, device=str(device), kernels="triton", weights_of=plain)
+    theirs = dict(plain.runner("denoiser").module.named_parameters())
+    for name, weight in fused.runner("denoiser").module.named_parameters():
+        assert weight.data_ptr() == theirs[name].data_ptr()
+    graph = plain.table.graph("denoiser")
+    inputs = sample_inputs(graph, plain.table.sizes("opt"))
+    moved = {name: value.to(device) for name, value in inputs.items()}
+    velocities = [one.runner("denoiser")(**moved)["velocity"] for one in (fused, plain)]
+    assert_close("velocity", *velocities, SAME)
+    with pytest.raises(BackendError, match=r"can't be shared by a backend in torch\.bfloat16"):
+        EagerBackend(checkpoint, device=str(device), dtype=torch.bfloat16, weights_of=plain)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs them")
 def test_without_gpu_or_interpreter_they_are_refused(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
