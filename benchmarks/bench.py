@@ -6,6 +6,7 @@ candidate can't be opened or fails, its row stays and says why.
 
 from __future__ import annotations
 
+import gc
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -22,7 +23,7 @@ from proteus_deploy.benchmarks.ceilings import copy_rate, denoiser_flops, produc
 from proteus_deploy.benchmarks.denoising_loop import LoopInputs, VideoSize, run_loop
 from proteus_deploy.benchmarks.machine import describe_commit, describe_machine, describe_versions
 from proteus_deploy.benchmarks.timing import Spread, interleave
-from proteus_deploy.errors import BackendError, ProteusError
+from proteus_deploy.errors import BackendError, BundleError
 from proteus_deploy.reporting import Report, no_report
 from proteus_deploy.testing import relative_error
 
@@ -61,6 +62,7 @@ class _Opened:
     candidate: Candidate
     backend: Backend
     latents: Tensor | None = None
+    failure: str = ""
     step_seconds: list[float] = field(default_factory=list)
 
 
@@ -96,13 +98,16 @@ def run_bench(
                     tokens = backend.table.axes["M"].opt
                     inputs = LoopInputs.make(config, VideoSize.of(config), image_tokens=tokens)
                 one = _Opened(candidate, backend)
-                _loop(one, config, scheduler, inputs, settings, steps=min(_WARM_UP_STEPS, settings.steps))
+                # A compiler meets every shape of the loop before anything is timed.
+                whole = candidate.backend.startswith("compiled") or candidate.form == "plan"
+                steps = settings.steps if whole else min(_WARM_UP_STEPS, settings.steps)
+                _loop(one, config, scheduler, inputs, settings, steps=steps)
                 one.step_seconds.clear()
                 opened[candidate.name] = one
-            except BackendError as error:
+            except (BackendError, BundleError) as error:
                 rows[candidate.name] = _row(candidate, settings, "not measured", str(error))
-            except (ProteusError, RuntimeError, MemoryError) as error:
-                rows[candidate.name] = _row(candidate, settings, "failed", f"{error}")
+            except Exception as error:  # noqa: BLE001 - compilers raise anything; the row says it
+                rows[candidate.name] = _row(candidate, settings, "failed", _words(error))
         report("opening and warming up", len(candidates), len(candidates))
         if inputs is None or not opened:
             raise BackendError(
@@ -112,7 +117,7 @@ def run_bench(
         rates: dict[str, list[float]] = {}
         seconds = interleave(
             {
-                name: partial(_loop, one, config, scheduler, inputs, settings, steps=settings.steps)
+                name: partial(_guarded_loop, one, config, scheduler, inputs, settings, steps=settings.steps)
                 for name, one in opened.items()
             },
             settings.rounds,
@@ -120,7 +125,14 @@ def run_bench(
             after=lambda *_: done(),
         )
         for name, one in opened.items():
-            rows[name] = _row(one.candidate, settings, "ok", "") | _timed(one, seconds[name])
+            if one.failure:
+                rows[name] = _row(one.candidate, settings, "failed", one.failure)
+            else:
+                rows[name] = _row(one.candidate, settings, "ok", "") | _timed(one, seconds[name])
+    # Backends are closed; their memory goes before child processes want it.
+    if settings.device != "cpu":
+        gc.collect()
+        torch.cuda.empty_cache()
     ceilings = {name: statistics.median(values) for name, values in rates.items()}
     flops = None if checkpoint is None else _flops(checkpoint, inputs)
     ordered = [rows[candidate.name] for candidate in candidates]
@@ -149,6 +161,19 @@ def run_bench(
         "ceilings": {**ceilings, "flops_of_a_step": flops},
         "rows": ordered,
     }
+
+
+def _words(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _guarded_loop(one: _Opened, *arguments: Any, **named: Any) -> None:
+    """A candidate that fails in one round is out of the others, and keeps nobody from being timed."""
+    if not one.failure:
+        try:
+            _loop(one, *arguments, **named)
+        except Exception as error:  # noqa: BLE001 - the row says it
+            one.failure = _words(error)
 
 
 def _loop(
@@ -203,7 +228,6 @@ def _compare(
 ) -> None:
     """Fill in speedups over the published form, errors against it in fp32, and the floor of a step."""
     medians = {row["case"]: row["latency_ms"]["median"] for row in rows if row["status"] == "ok"}
-    truth = opened.get("published:eager:fp32")
     for row in rows:
         if row["status"] != "ok":
             continue
@@ -211,13 +235,18 @@ def _compare(
             baseline = medians.get(f"published:eager:{precision}")
             key = f"speedup_vs_published_{precision}"
             row[key] = None if baseline is None else baseline / row["latency_ms"]["median"]
+        names = ("published:eager:fp32", f"published:eager:{row['precision']}")
+        truth = next((opened[name] for name in names if name in medians), None)
         mine = opened[row["case"]].latents
+        row["relative_to"] = None if truth is None else truth.candidate.name
         known = truth is not None and truth.latents is not None and mine is not None
         row["relative_error"] = relative_error(mine, truth.latents) if known else None  # type: ignore[union-attr]
         rate = ceilings.get(f"products_{row['precision']}")
         floor = None if flops is None or rate is None else 1e3 * flops / rate
         row["floor_ms"] = floor
-        row["share_of_floor"] = None if floor is None else floor / row["step_ms"]["median"]
+        # A plan's steps have one row or two; the floor is that of two.
+        comparable = floor is not None and row["plan"] != "plan"
+        row["share_of_floor"] = floor / row["step_ms"]["median"] if comparable else None
 
 
 def _note_ceilings(
@@ -226,7 +255,9 @@ def _note_ceilings(
     """Measured once in every round, beside the candidates."""
     backbone = config.backbone
     _, frames, _, height, width = inputs.noise.shape
-    tokens = 2 * (inputs.text.shape[1] + frames * (height // 2) * (width // 2))
+    patch = backbone.patch_size
+    grid = frames // (backbone.patch_size_t or 1) * (height // patch) * (width // patch)
+    tokens = 2 * (inputs.text.shape[1] + grid)
     device = next(iter(opened.values())).backend.device
     for precision, dtype in {one.candidate.precision: one.backend.dtype for one in opened.values()}.items():
         rate = product_rate(dtype, device, tokens=tokens, width=backbone.width)

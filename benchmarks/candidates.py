@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ FORMS: tuple[Form, ...] = ("published", "exact", "plan")
 PRECISIONS = ("fp32", "bf16", "fp16")
 _TORCH = ("eager", "compiled", "eager-triton", "compiled-triton")
 BACKENDS = (*_TORCH, "onnxruntime", "openvino", "tensorrt")
-_PACKAGE = {"onnxruntime": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt"}
 
 
 @dataclass(frozen=True)
@@ -105,15 +103,12 @@ class Opener:
         """Raises BackendError naming what is missing and how to get it."""
         if candidate.backend in _TORCH:
             return self._torch(candidate)
-        package = _PACKAGE[candidate.backend]
-        if importlib.util.find_spec(package) is None:
-            raise BackendError(
-                f'{package} is not installed; pip install "proteus-deploy[{candidate.backend}]"'
-            )
+        if candidate.backend == "tensorrt" and self._bundle is None:
+            raise BackendError("tensorrt runs engines; pass a bundle that `proteus-deploy build` was run on")
         from proteus_deploy.runtime import open_bundle_backend
 
-        device = None if candidate.backend == "tensorrt" else self._device
-        return open_bundle_backend(self._bundle_in(candidate.precision), candidate.backend, device=device)
+        bundle = self._bundle_in(candidate.precision)
+        return open_bundle_backend(bundle, candidate.backend, device=self._device)
 
     def _torch(self, candidate: Candidate) -> Backend:
         from proteus_deploy.runtime.backend import resolve_dtype

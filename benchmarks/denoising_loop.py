@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from proteus_deploy.denoising import StepCondition, StepResult, denoising_steps
+from proteus_deploy.errors import ComputationError
 from proteus_deploy.model.identity_fusion import combine_text_and_identity
 from proteus_deploy.policies.plan_run import PlanRun
 from proteus_deploy.schedulers import Stepper
@@ -117,6 +118,11 @@ def run_loop(
             stages["denoiser"], condition, stepper, policy, latents, lambda *_: _GUIDANCE
         ):
             latents = done.latents
+            if not done.finite:
+                raise ComputationError(
+                    f"the latents hold NaN or infinity after step {done.index + 1}, on backend "
+                    f"{backend.name!r} in {backend.dtype}"
+                )
             if on_step is not None:
                 on_step(done)
         return latents.float().cpu()
@@ -138,8 +144,13 @@ class _Exact:
             self._prepare()
 
     def _prepare(self) -> None:
-        self.text, fused = self._fuse()
+        self._text, fused = self._fuse()
         self._tokens = self._schedule(fused, self.timesteps)
+
+    @property
+    def text(self) -> Tensor:
+        """Of the denoiser, [2, L, d_text]."""
+        return self._text
 
     def face_tokens(self, index: int, rows: int) -> Tensor:  # noqa: ARG002 - one identity serves all rows
         return self._tokens[index : index + 1]
@@ -169,8 +180,13 @@ class _Published(_Exact):
     """MIF and TAII with every step, for that step."""
 
     def _prepare(self) -> None:
-        self.text, _ = self._fuse()
+        self._fused: Tensor | None = None
+
+    @property
+    def text(self) -> Tensor:
+        """MIF, once more: a step asks for the text once, before the face tokens."""
+        text, self._fused = self._fuse()
+        return text
 
     def face_tokens(self, index: int, rows: int) -> Tensor:  # noqa: ARG002 - one identity serves all rows
-        self.text, fused = self._fuse()
-        return self._schedule(fused, self.timesteps[index : index + 1])
+        return self._schedule(self._fused, self.timesteps[index : index + 1])

@@ -8,7 +8,7 @@ the exact loop. So the same seeds give the same plan on every machine of a kind.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from proteus_deploy.policies.calibration import MagnitudeRecorder
 from proteus_deploy.policies.guided_steps import GuidanceInterval, GuidanceReuse
 from proteus_deploy.policies.plan import Plan
 from proteus_deploy.policies.reuse import REUSES, Reuse
-from proteus_deploy.policies.step_cache import EasyCache, MagCache, StepCache
+from proteus_deploy.policies.step_cache import EasyCache, MagCache
 from proteus_deploy.reporting import Report, no_report
 
 if TYPE_CHECKING:
@@ -163,21 +163,9 @@ def _sweeps(
 ) -> Iterator[tuple[str, Iterator[tuple[str, Plan]]]]:
     """(policy, plans from careful to bold) of every family."""
 
-    def caches(make: Callable[[float], StepCache], label: str) -> Iterator[tuple[str, Plan]]:
-        return ((f"{label} {value:g}", Plan(step_cache=make(value))) for value in _THRESHOLDS)
-
     for reuse in REUSES:
-        yield (
-            "step_cache",
-            caches(lambda value, r=reuse: EasyCache(threshold=value, reuse=r), f"easycache {reuse}"),
-        )  # type: ignore[misc]
-        yield (
-            "step_cache",
-            caches(
-                lambda value, r=reuse: MagCache(threshold=value, ratios=ratios[r], reuse=r),  # type: ignore[misc]
-                f"magcache {reuse}",
-            ),
-        )
+        yield "step_cache", _easy_caches(reuse)
+        yield "step_cache", _mag_caches(reuse, ratios[reuse])
     if guided:
         yield (
             "guidance",
@@ -190,6 +178,17 @@ def _sweeps(
                 for low in _LOWEST
             ),
         )
+
+
+def _easy_caches(reuse: Reuse) -> Iterator[tuple[str, Plan]]:
+    for value in _THRESHOLDS:
+        yield f"easycache {reuse} {value:g}", Plan(step_cache=EasyCache(threshold=value, reuse=reuse))
+
+
+def _mag_caches(reuse: Reuse, ratios: tuple[float, ...]) -> Iterator[tuple[str, Plan]]:
+    for value in _THRESHOLDS:
+        cache = MagCache(threshold=value, ratios=ratios, reuse=reuse)
+        yield f"magcache {reuse} {value:g}", Plan(step_cache=cache)
 
 
 class _Bench:

@@ -89,7 +89,7 @@ class Pipeline:
         weights: Callable[[], str] | None = None,
     ) -> None:
         """low_memory: networks are loaded for their part of a request and released after it, so that no more
-        than the denoiser is there while it runs; every request loads them again.
+        than the denoiser is there of the stages while it runs; every request loads (and compiles) them again.
         cache: None, or where results of text and identity stages are kept (stage_cache.py); weights() is then
         the hash of the weights, by which it tells networks apart.
         """
@@ -266,10 +266,12 @@ class Pipeline:
             watch("denoise", done.index + 1, total)
         steps = policy.record()
         self._make_room_for("vae_decoder")
-        return [self._finish(one, row, steps, watch) for one, row in zip(resolved, latents, strict=True)]
+        videos = [self._finish(one, row, steps, watch) for one, row in zip(resolved, latents, strict=True)]
+        self._make_room_for("nothing")
+        return videos
 
     def _make_room_for(self, stage: str) -> None:
-        """Release every other network, where memory is short."""
+        """Release the networks of every other stage, where memory is short."""
         if self._low_memory:
             for graph in self.backend.table.graphs:
                 if graph.stage != stage:

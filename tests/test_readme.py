@@ -132,6 +132,15 @@ def test_readme_names_every_command(repository: Path) -> None:
     assert missing == []
 
 
+def test_pages_have_no_gaps_to_fill(repository: Path) -> None:
+    gaps = [
+        f"{page.relative_to(repository)}: {gap}"
+        for page in _pages(repository)
+        for gap in re.findall(r"@[A-Z]+@", page.read_text(encoding="utf-8"))
+    ]
+    assert gaps == []
+
+
 def _pages(repository: Path) -> list[Path]:
     pages = []
     for base, folders, names in os.walk(repository):

@@ -36,8 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", type=Path, metavar="FILE", help="JSON list of photos and prompts")
     parser.add_argument("--budget", type=Path, metavar="FILE", help="TOML of bounds (default: docs/tune.md)")
     parser.add_argument("--encoders", type=Path, metavar="DIR", help="networks that measure the videos")
-    parser.add_argument("--num-inference-steps", type=int, default=50, metavar="N", help="(default: 50)")
-    parser.add_argument("--guidance-scale", type=float, metavar="W", help="(default: 6, tiny model 2)")
+    parser.add_argument("--num-inference-steps", type=int, metavar="N", help="(default: 50; tiny model 25)")
+    parser.add_argument(
+        "--guidance-scale", type=float, metavar="W", help="(default: 6; for the tiny model its own)"
+    )
     parser.add_argument("--people", type=int, default=4, metavar="N", help="drawn people (default: 4)")
     parser.add_argument("--backend", choices=_BACKENDS, help="as for generate")
     parser.add_argument("--device", help="e.g. cpu, cuda (default: the backend's own)")
@@ -68,11 +70,12 @@ def run(arguments: argparse.Namespace) -> int:
     encoders = load_encoders(arguments.encoders or ENCODERS)
     with _open(arguments) as pipeline, PhaseProgress() as progress:
         tuning = search_plan(pipeline, cases, budget, encoders, report=progress)
+        about = _about(arguments, budget, cases, pipeline)
     ordered = sorted(tuning.trials, key=lambda trial: trial.work)
     print_table(HEADERS, [row(trial) for trial in ordered])
     print(f"\n{tuning.chosen.name}: {tuning.chosen.work:.0%} of the rows, within “{budget.name}”")
     tuning.chosen.plan.save(arguments.output)
-    document = tuning_document(tuning, _about(arguments, budget, cases))
+    document = tuning_document(tuning, about)
     if arguments.json is not None:
         write_json(arguments.json, document)
     if arguments.report is not None:
@@ -116,7 +119,7 @@ def _drawn_cases(arguments: argparse.Namespace) -> list[TuningCase]:
     from proteus_deploy.benchmarks.tiny_model_quality import VALIDATION, cases
     from proteus_deploy.benchmarks.tuning import TuningCase
     from proteus_deploy.request import GenerateRequest
-    from proteus_deploy.tiny.trained import GUIDANCE_SCALE
+    from proteus_deploy.tiny.trained import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
     from proteus_deploy.training.avatars import make_photo
 
     if not 1 <= arguments.people <= len(VALIDATION):
@@ -129,8 +132,8 @@ def _drawn_cases(arguments: argparse.Namespace) -> list[TuningCase]:
                 prompt=case.drawn.prompt,
                 identity_prompt=case.drawn.identity_prompt,
                 photo=make_photo(case.person, 0).image,
-                num_inference_steps=arguments.num_inference_steps,
-                guidance_scale=arguments.guidance_scale or GUIDANCE_SCALE,
+                num_inference_steps=_given(arguments.num_inference_steps, NUM_INFERENCE_STEPS),
+                guidance_scale=_given(arguments.guidance_scale, GUIDANCE_SCALE),
                 seed=case.seed,
             ),
         )
@@ -165,12 +168,16 @@ def _read_cases(arguments: argparse.Namespace) -> list[TuningCase]:
             prompt=entry["prompt"],
             identity_prompt=entry.get("identity_prompt") or "",
             photo=photo,
-            num_inference_steps=arguments.num_inference_steps,
-            guidance_scale=arguments.guidance_scale or 6.0,
+            num_inference_steps=_given(arguments.num_inference_steps, 50),
+            guidance_scale=_given(arguments.guidance_scale, 6.0),
             seed=entry.get("seed", 42),
         )
         found.append(TuningCase(name, entry.get("person") or name, request))
     return found
+
+
+def _given(value: Any, default: Any) -> Any:
+    return default if value is None else value
 
 
 def _check_entry(where: str, entry: Any) -> None:
@@ -188,7 +195,7 @@ def _check_entry(where: str, entry: Any) -> None:
 
 
 def _about(
-    arguments: argparse.Namespace, budget: Budget, cases: list[TuningCase]
+    arguments: argparse.Namespace, budget: Budget, cases: list[TuningCase], pipeline: Pipeline
 ) -> dict[str, Mapping[str, Any] | str]:
     from proteus_deploy.benchmarks.machine import describe_commit, describe_machine, describe_versions
 
@@ -199,8 +206,9 @@ def _about(
         "commit": describe_commit(Path(__file__).resolve().parents[2]),
         "settings": {
             "model": "the tiny model that ships" if arguments.path is None else arguments.path.name,
-            "backend": arguments.backend or "the kind's own",
-            "dtype": arguments.dtype or "fp32",
+            "backend": pipeline.backend.name,
+            "dtype": str(pipeline.backend.dtype).removeprefix("torch."),
+            "device": str(pipeline.backend.device),
             "budget": budget.name,
             "bounds": [f"{bound.metric} {bound.text}" for bound in budget.bounds],
             "num_inference_steps": request.num_inference_steps,

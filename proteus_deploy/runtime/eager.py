@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from proteus_deploy.errors import BackendError
+from proteus_deploy.kernels.launch import check_kernels_run_on
 from proteus_deploy.model.networks import Kernels
 from proteus_deploy.network_factory import NetworkFactory
 from proteus_deploy.runtime.backend import bind_sizes
@@ -50,6 +51,8 @@ class EagerBackend:
         use of each network."""
         self.name = ("compiled" if compiled else "eager") + ("-triton" if kernels == "triton" else "")
         self.device = _resolve_device(device)
+        if kernels == "triton":
+            check_kernels_run_on(self.device)
         self.dtype = dtype
         self.table = table or build_stage_table(checkpoint, ExportRanges(max_videos=_UNLIMITED_VIDEOS))
         self._factory = NetworkFactory(checkpoint, folded=folded, kernels=kernels)

@@ -18,8 +18,8 @@ def attention_form(form: AttentionForm) -> Iterator[None]:
     """Forward and backward inside it use that form.
 
     "fused" is PyTorch's own choice, which never holds all scores. "plain" multiplies them out, with products
-    in the type of the inputs: memory grows with the square of the tokens. For a few hundred of them in
-    bfloat16 on a CPU it took 0.6 times as long, and 0.2 times with a dozen keys (torch 2.13, AVX-512).
+    in the type of the inputs: memory grows with the square of the tokens. It is meant for a few hundred of
+    them, in bfloat16 on a CPU.
     """
     if form == "fused":
         yield

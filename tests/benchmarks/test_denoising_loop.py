@@ -54,8 +54,7 @@ def test_published_and_exact_are_the_same_video(tiny_checkpoint: Path) -> None:
     exact, once = loop(tiny_checkpoint, folded=True)
     assert_close("latents", exact, published, SAME)
     assert once == {"identity_fusion": 1, "identity_schedule": 1, "denoiser": STEPS}
-    # One call of MIF more, before the first step: the loop asks for the text when it begins.
-    assert repeated == {"identity_fusion": STEPS + 1, "identity_schedule": STEPS, "denoiser": STEPS}
+    assert repeated == {"identity_fusion": STEPS, "identity_schedule": STEPS, "denoiser": STEPS}
 
 
 def test_a_plan_leaves_steps_out(tiny_checkpoint: Path) -> None:

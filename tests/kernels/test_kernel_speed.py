@@ -45,7 +45,6 @@ def test_the_command_writes_its_claims(
     verdicts = {claim["claim"]: claim["verdict"] for claim in document["claims"]}
     assert len(verdicts) == 6
     assert verdicts["the exact loop over the published form"] == "not known"
-    assert set(verdicts.values()) <= {"holds", "FAILS", "not known"}
     assert len(json.loads((tmp_path / "kernels.json").read_text())["rows"]) == 4
     assert "the exact loop over the published form: not measured" in capsys.readouterr().out
 
