@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from proteus_deploy.errors import CheckpointError
@@ -16,13 +17,15 @@ _log = logging.getLogger(__name__)
 
 
 class Tokenizer:
-    """The checkpoint's SentencePiece tokenizer; read on first use.
+    """The checkpoint's SentencePiece tokenizer; read on first use, and used by any number of threads.
 
     Raises CheckpointError then, naming the folder, when transformers can't read it.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        # A call writes its length and padding into the one tokenizer, where another thread would read them.
+        self._lock = Lock()
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -43,15 +46,16 @@ class Tokenizer:
 
     def __call__(self, text: str, length: int) -> tuple[Tensor, Tensor]:
         """Token ids and mask, both int64 [1, length]. A longer text is cut, which is logged once per call."""
-        encoded = self._tokenizer(
-            [text],
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            add_special_tokens=True,
-            return_tensors="pt",
-        )
-        whole = len(self._tokenizer(text, add_special_tokens=True).input_ids)
+        with self._lock:
+            encoded = self._tokenizer(
+                [text],
+                padding="max_length",
+                max_length=length,
+                truncation=True,
+                add_special_tokens=True,
+                return_tensors="pt",
+            )
+            whole = len(self._tokenizer(text, add_special_tokens=True).input_ids)
         if whole > length:
             _log.warning("a text of %d tokens was cut to %d: %.60s…", whole, length, text)
         return encoded.input_ids, encoded.attention_mask
