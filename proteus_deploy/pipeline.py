@@ -267,10 +267,10 @@ class Pipeline:
         steps = policy.record()
         self._make_room_for("vae_decoder")
         videos = [self._finish(one, row, steps, watch) for one, row in zip(resolved, latents, strict=True)]
-        self._make_room_for("nothing")
+        self._make_room_for(None)
         return videos
 
-    def _make_room_for(self, stage: str) -> None:
+    def _make_room_for(self, stage: str | None) -> None:
         """Release the networks of every other stage, where memory is short."""
         if self._low_memory:
             for graph in self.backend.table.graphs:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Case", "cases_from_file", "cases_from_videos", "read_mask", "request_facts"]
+__all__ = ["Case", "cases_from_file", "cases_from_videos", "read_case_list", "read_mask", "request_facts"]
 
 _TEXTS = ("name", "video", "photo", "prompt", "person", "reference", "person_mask")
 _KEYS = (*_TEXTS, "seed")
@@ -61,6 +61,14 @@ def cases_from_file(file: Path) -> list[Case]:
     Only video is needed. Paths are relative to the file's folder.
     Raises InputError naming the case and what is wrong with it.
     """
+    document = read_case_list(file, example='[{"video": "a.mp4"}]')
+    cases = [_case(f"{file}, case {number}", entry, file.parent) for number, entry in enumerate(document, 1)]
+    names = _names([case.video for case in cases])
+    return _checked([replace(case, name=case.name or name) for case, name in zip(cases, names, strict=True)])
+
+
+def read_case_list(file: Path, *, example: str) -> list[Any]:
+    """The entries of a JSON list of cases, at least one. Raises InputError showing the example."""
     try:
         if file.stat().st_size > _MAX_FILE_BYTES:
             raise InputError(f"{file} has more than {_MAX_FILE_BYTES} bytes; it is no list of cases")
@@ -70,10 +78,8 @@ def cases_from_file(file: Path) -> list[Case]:
             raise
         raise InputError(f"cases {file} is not readable JSON ({error})") from error
     if not isinstance(document, list) or not document:
-        raise InputError(f'cases {file} must be a JSON list of cases, like [{{"video": "a.mp4"}}]')
-    cases = [_case(f"{file}, case {number}", entry, file.parent) for number, entry in enumerate(document, 1)]
-    names = _names([case.video for case in cases])
-    return _checked([replace(case, name=case.name or name) for case, name in zip(cases, names, strict=True)])
+        raise InputError(f"cases {file} must be a JSON list of cases, like {example}")
+    return document
 
 
 def _case(where: str, entry: Any, folder: Path) -> Case:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,6 @@ NAME = "tune"
 HELP = "find the plan that leaves out most work inside a quality budget"
 
 _TEXTS = ("name", "person", "photo", "prompt", "identity_prompt")
-_MAX_FILE_BYTES = 16 << 20
 _BACKENDS = ("onnxruntime", "openvino", "tensorrt", "eager", "compiled")
 
 
@@ -144,19 +142,11 @@ def _drawn_cases(arguments: argparse.Namespace) -> list[TuningCase]:
 def _read_cases(arguments: argparse.Namespace) -> list[TuningCase]:
     """Of a JSON list of {photo, prompt, identity_prompt, seed, person, name}; paths relative to the file."""
     from proteus_deploy.benchmarks.tuning import TuningCase
+    from proteus_deploy.cli.evaluate_cases import read_case_list
     from proteus_deploy.request import GenerateRequest
 
     file: Path = arguments.cases
-    try:
-        if file.stat().st_size > _MAX_FILE_BYTES:
-            raise InputError(f"{file} has more than {_MAX_FILE_BYTES} bytes; it is no list of cases")
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"cases {file} is not readable JSON ({error})") from error
-    if not isinstance(document, list) or not document:
-        raise InputError(f'cases {file} must be a JSON list, like [{{"photo": "a.jpg", "prompt": "…"}}]')
+    document = read_case_list(file, example='[{"photo": "a.jpg", "prompt": "…"}]')
     found = []
     for number, entry in enumerate(document, 1):
         _check_entry(f"{file}, case {number}", entry)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from proteus_deploy.benchmarks import bench, denoising_loop, sizes
+from proteus_deploy.benchmarks import bench, candidate_process, denoising_loop, sizes
 from proteus_deploy.cli import bench as command
 from proteus_deploy.cli.main import main
 
@@ -83,6 +85,15 @@ def test_memory_is_measured_in_a_process_of_its_own(tiny_checkpoint: Path, tmp_p
     assert row["peak_memory_bytes"] > 50 << 20
     assert row["cold_start_s"] > 0
     assert "memory_reason" not in row
+
+
+def test_a_process_does_not_inherit_the_peak_of_its_parent() -> None:
+    """This one has torch loaded; the child has not."""
+    code = "from proteus_deploy.benchmarks.candidate_process import peak_memory; print(peak_memory())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    mine = candidate_process.peak_memory()
+    assert mine is not None
+    assert 0 < int(child.stdout) < mine / 2
 
 
 def test_a_candidate_that_fails_keeps_its_row(

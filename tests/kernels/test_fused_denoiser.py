@@ -63,7 +63,6 @@ def test_two_forms_share_their_weights(checkpoint: Checkpoint, device: torch.dev
         EagerBackend(checkpoint, device=str(device), dtype=torch.bfloat16, weights_of=plain)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs them")
 def test_without_gpu_or_interpreter_they_are_refused(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
