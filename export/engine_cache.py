@@ -9,24 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from proteus_deploy._files import atomic_file, sha256_of, write_json
+from proteus_deploy._files import atomic_file, cache_folder, sha256_of, write_json
 
 _LOG = logging.getLogger(__name__)
 _VERSION = 1  # raise it when records change, so that old entries are not read
 
 
 def default_folder() -> Path:
-    """`$PROTEUS_DEPLOY_CACHE/engines`, or `proteus_deploy/engines` in the user's cache folder (XDG)."""
-    if own := os.environ.get("PROTEUS_DEPLOY_CACHE"):
-        return Path(own) / "engines"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "proteus_deploy" / "engines"
+    """`engines` in the cache folder of the user (see `cache_folder`)."""
+    return cache_folder("engines")
 
 
 def cache_key(facts: Mapping[str, Any]) -> str:

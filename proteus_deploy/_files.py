@@ -32,6 +32,14 @@ def _sync_directory(folder: Path) -> None:
         os.close(descriptor)
 
 
+def cache_folder(name: str) -> Path:
+    """`$PROTEUS_DEPLOY_CACHE/<name>`, or `proteus_deploy/<name>` in the user's cache folder (XDG)."""
+    if own := os.environ.get("PROTEUS_DEPLOY_CACHE"):
+        return Path(own) / name
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "proteus_deploy" / name
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success fsync it and rename it over `path`.

@@ -13,6 +13,7 @@ from proteus_deploy.kernels.launch import check_kernels_run_on
 from proteus_deploy.model.networks import Kernels
 from proteus_deploy.network_factory import NetworkFactory
 from proteus_deploy.runtime.backend import bind_sizes
+from proteus_deploy.runtime.compiled import CompiledNetwork
 from proteus_deploy.stage_table import ExportRanges, build_stage_table
 from proteus_deploy.stages import Graph, StageTable
 
@@ -26,7 +27,11 @@ _UNLIMITED_VIDEOS = 64
 
 
 class EagerBackend:
-    """Networks of a checkpoint in PyTorch. With `compiled`, each goes through torch.compile (inductor)."""
+    """Networks of a checkpoint in PyTorch. With `compiled`, each goes through torch.compile (inductor).
+
+    A compiled backend compiles each combination of sizes when it first meets it, up to a limit; `seal`
+    refuses new ones from then on.
+    """
 
     checks_ranges = False
 
@@ -37,6 +42,7 @@ class EagerBackend:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         compiled: bool = False,
+        cuda_graphs: bool = False,
         folded: bool = False,
         kernels: Kernels = "reference",
         table: StageTable | None = None,
@@ -45,10 +51,11 @@ class EagerBackend:
         """folded: identity attention in its folded form. kernels: "triton" runs the denoiser on the fused
         kernels, which need a CUDA device (or Triton's interpreter). table: the contracts to hold to; None
         makes one for any batch. weights_of: a backend on the same checkpoint, device and dtype whose weights
-        are shared: two forms of a network take the memory of one.
+        are shared: two forms of a network take the memory of one. cuda_graphs: with `compiled` on a CUDA
+        device, replay each size's launches as one CUDA graph.
 
-        Raises BackendError when the device isn't here, or kernels can't run on it. Weights are read on first
-        use of each network."""
+        Raises BackendError when the device isn't here, or kernels or graphs can't run on it. Weights are read
+        on first use of each network."""
         self.name = ("compiled" if compiled else "eager") + ("-triton" if kernels == "triton" else "")
         self.device = _resolve_device(device)
         if kernels == "triton":
@@ -56,7 +63,13 @@ class EagerBackend:
         self.dtype = dtype
         self.table = table or build_stage_table(checkpoint, ExportRanges(max_videos=_UNLIMITED_VIDEOS))
         self._factory = NetworkFactory(checkpoint, folded=folded, kernels=kernels)
-        self._compiled = compiled
+        if cuda_graphs and not (compiled and self.device.type == "cuda"):
+            raise BackendError(
+                f"cuda_graphs replays what was compiled for a CUDA device; here compiled is {compiled} "
+                f"and the device {self.device}: leave it out, or pass compiled=True and device='cuda'"
+            )
+        self._compiled, self._cuda_graphs = compiled, cuda_graphs
+        self._sealed = False
         self._weights_of = weights_of
         if weights_of is not None and (weights_of.device, weights_of.dtype) != (self.device, dtype):
             raise BackendError(
@@ -75,8 +88,20 @@ class EagerBackend:
                     module = network.materialise(self.dtype, self.device)
                 else:
                     module = network.share(self._weights_of.runner(graph).module)
-            self._runners[graph] = EagerGraph(contract, module, compiled=self._compiled)
+            runner = EagerGraph(contract, module, compiled=self._compiled, cuda_graphs=self._cuda_graphs)
+            if self._sealed:
+                runner.seal()
+            self._runners[graph] = runner
         return self._runners[graph]
+
+    def seal(self) -> None:
+        """Compile nothing more: sizes that were not met yet raise BackendError, so no request waits for a
+        compiler. Raises BackendError on a backend that isn't compiled."""
+        if not self._compiled:
+            raise BackendError(f"seal is for compiled backends; {self.name} runs any size as it comes")
+        self._sealed = True
+        for runner in self._runners.values():
+            runner.seal()
 
     def release(self, graph: str) -> None:
         self._runners.pop(graph, None)
@@ -109,15 +134,24 @@ def _resolve_device(device: str | torch.device) -> torch.device:
 class EagerGraph:
     """One network behind the contract of its graph."""
 
-    def __init__(self, graph: Graph, module: nn.Module, *, compiled: bool = False) -> None:
+    def __init__(
+        self, graph: Graph, module: nn.Module, *, compiled: bool = False, cuda_graphs: bool = False
+    ) -> None:
         self.graph = graph
         self.module = module
-        self._call = torch.compile(module) if compiled else module
+        self._compiled = CompiledNetwork(graph.name, module, cuda_graphs=cuda_graphs) if compiled else None
+
+    def seal(self) -> None:
+        """Refuse sizes that were not compiled yet; nothing to do for what isn't compiled."""
+        if self._compiled is not None:
+            self._compiled.seal()
 
     @torch.inference_mode()
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """Raises InputError when names or shapes break the contract."""
-        bind_sizes(self.graph, inputs, broadcast=True)
-        outputs = self._call(*(inputs[spec.name] for spec in self.graph.inputs))
+        """Raises InputError when names or shapes break the contract, BackendError for sizes that aren't
+        compiled and can't be."""
+        sizes = bind_sizes(self.graph, inputs, broadcast=True)
+        ordered = [inputs[spec.name] for spec in self.graph.inputs]
+        outputs = self.module(*ordered) if self._compiled is None else self._compiled(sizes, *ordered)
         values = outputs if isinstance(outputs, tuple) else (outputs,)
         return {spec.name: value for spec, value in zip(self.graph.outputs, values, strict=True)}
