@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from proteus_deploy.errors import BackendError, InputError
+from proteus_deploy.process_groups import check_process_group, check_same
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -31,13 +31,9 @@ def use_guidance_parallel(pipeline: Pipeline, group: ProcessGroup | None = None)
     same video. Steps whose rows can't be divided evenly are computed by every process. A seed has to be
     given, and who cancels has to cancel in all of them.
     A step raises InputError where the processes' latents differ.
-    Raises BackendError when torch.distributed was not initialised.
+    Raises BackendError when torch.distributed was not initialised, or this process isn't in `group`.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        raise BackendError(
-            "guidance can't be shared: torch.distributed is not initialised; start the processes with "
-            "torchrun and call torch.distributed.init_process_group first"
-        )
+    check_process_group(group, "guidance")
     stages: Any = pipeline.stages
     stages["denoiser"] = _SharedDenoiser(stages["denoiser"], group)
 
@@ -52,7 +48,7 @@ class _SharedDenoiser:
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         processes = torch.distributed.get_world_size(self._group)
         rows = inputs["latents"].shape[0]
-        self._check_same(inputs["latents"], processes)
+        check_same({"latents": inputs["latents"]}, self._group)
         if rows % processes:
             # Devices may differ in a last bit, and a plan decides by such bits: all go on with the first's.
             whole = self.stage(**inputs)["velocity"].contiguous()
@@ -69,14 +65,3 @@ class _SharedDenoiser:
         parts = [torch.empty_like(velocity) for _ in range(processes)]
         torch.distributed.all_gather(parts, velocity, group=self._group)
         return {"velocity": torch.cat(parts)}
-
-    def _check_same(self, latents: Tensor, processes: int) -> None:
-        """Raises InputError where the processes don't work on the same video."""
-        mine = latents.double().sum().reshape(1)
-        sums = [torch.empty_like(mine) for _ in range(processes)]
-        torch.distributed.all_gather(sums, mine, group=self._group)
-        if any(not torch.equal(one, sums[0]) for one in sums):
-            raise InputError(
-                "the processes' latents differ, so their halves belong to different videos; give every "
-                "process the same request with the same seed"
-            )

@@ -31,6 +31,8 @@ LAYERS = (
         "cached_stages",
         "guidance",
         "guidance_parallel",
+        "process_groups",
+        "sequence_parallel",
         "schedulers",
         "tokens",
         "vae_decode",

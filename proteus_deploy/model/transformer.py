@@ -79,13 +79,25 @@ class Denoiser(nn.Module):
         rotary = None
         if rotary_cos is not None and rotary_sin is not None:
             rotary = pad_rotary(rotary_cos, rotary_sin, text.shape[1])
+        patches = self.denoise_tokens(text, video, time, rotary, face_tokens, identity_gate)
+        return self.unpatchify(patches, latents)
+
+    def denoise_tokens(
+        self,
+        text: Tensor,
+        video: Tensor,
+        time: Tensor,
+        rotary: Rotary | None,
+        face_tokens: Tensor,
+        identity_gate: Tensor,
+    ) -> Tensor:
+        """Tokens [B, L, d] and [B, N, d] -> velocity patches [B, N, patch volume * out_channels]."""
         for index, block in enumerate(self.transformer_blocks):
             text, video = block(text, video, time, rotary)
             if index % self.interval == 0:
                 identity = self.perceiver_cross_attention[index // self.interval]
                 video = identity(video, face_tokens, identity_gate)
-        video = self.norm_out(self.norm_final(video), time)
-        return self.unpatchify(self.proj_out(video), latents)
+        return self.proj_out(self.norm_out(self.norm_final(video), time))  # type: ignore[no-any-return]
 
     def time_vector(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         """[B] -> [B, time_embed_dim]."""
