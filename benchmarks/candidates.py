@@ -93,10 +93,12 @@ class Opener:
         work: Path,
         *,
         device: str = "cpu",
+        videos: int = 1,
         report: Report = no_report,
     ) -> None:
+        """videos: that a loop makes at once."""
         self._checkpoint, self._bundle, self._work = checkpoint, bundle, work
-        self._device, self._report = device, report
+        self._device, self._videos, self._report = device, videos, report
         self._first: dict[str, EagerBackend] = {}  # of each precision: the others share its weights
 
     def __call__(self, candidate: Candidate) -> Backend:
@@ -133,6 +135,7 @@ class Opener:
     def _bundle_in(self, precision: str) -> Bundle:
         from proteus_deploy.bundle import Bundle
         from proteus_deploy.export.export import export_bundle
+        from proteus_deploy.stage_table import ExportRanges
 
         if self._bundle is not None:
             if self._bundle.dtype != precision:
@@ -141,10 +144,18 @@ class Opener:
                 )
             return self._bundle
         assert self._checkpoint is not None
-        folder = self._work / f"bundle-{self._checkpoint.hash[:12]}-{precision}"
+        several = f"-{self._videos}-videos" if self._videos > 1 else ""
+        folder = self._work / f"bundle-{self._checkpoint.hash[:12]}-{precision}{several}"
         if folder.is_dir():
             return Bundle.open(folder, hashes=False)
-        return export_bundle(self._checkpoint, folder, dtype=precision, reference="none", report=self._report)
+        return export_bundle(
+            self._checkpoint,
+            folder,
+            dtype=precision,
+            ranges=ExportRanges(max_videos=self._videos),
+            reference="none",
+            report=self._report,
+        )
 
 
 def with_baselines(candidates: Sequence[Candidate]) -> list[Candidate]:

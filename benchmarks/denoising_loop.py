@@ -6,7 +6,8 @@
     a plan      like exact, with the policies of a plan
 
 Prompt and identity features are given: text encoder and image tower are stages with times of their own.
-Axes: F latent frames, C latent channels, h and w latent pixels, L text tokens, P identity-prompt tokens.
+Axes: B videos of one person, F latent frames, C latent channels, h and w latent pixels, L text tokens,
+P identity-prompt tokens.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class LoopInputs:
     """Made from a seed, float32 on the CPU, the same for every candidate.
 
     identity: what the identity stages take beside text and timesteps. identity_text [1, P, d_text]; None for
-    checkpoints without MIF. text [2, L, d_text], image [2, F, C, h, w], noise [1, F, C, h, w].
+    checkpoints without MIF. text [2B, L, d_text], image [2B, F, C, h, w], noise [B, F, C, h, w].
     """
 
     identity: Mapping[str, Tensor]
@@ -65,11 +66,22 @@ class LoopInputs:
     image: Tensor
     noise: Tensor
 
+    @property
+    def rows(self) -> int:
+        """Of the denoiser under guidance: 2B."""
+        return len(self.text)
+
     @classmethod
     def make(
-        cls, config: TransformerConfig, size: VideoSize, *, image_tokens: int, seed: int = 0
+        cls,
+        config: TransformerConfig,
+        size: VideoSize,
+        *,
+        image_tokens: int,
+        videos: int = 1,
+        seed: int = 0,
     ) -> LoopInputs:
-        """Random features of plausible scale for a video of that size."""
+        """Random features of plausible scale for so many videos of that size."""
         backbone, generator = config.backbone, torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
@@ -80,14 +92,14 @@ class LoopInputs:
         fusion = config.fusion
         frames = latent_frames(size.num_frames, backbone)
         grid = (frames, backbone.latent_channels, size.height // VAE_SPATIAL, size.width // VAE_SPATIAL)
-        image = torch.zeros(1, *grid)
-        image[:, 0] = normal(*grid[1:])
+        image = torch.zeros(videos, *grid)
+        image[:, 0] = normal(videos, *grid[1:])
         return cls(
             identity,
             None if fusion is None else normal(1, fusion.queries, fusion.width),
-            normal(2, backbone.max_text_seq_length, backbone.text_embed_dim),
+            normal(2 * videos, backbone.max_text_seq_length, backbone.text_embed_dim),
             torch.cat((image, image)),
-            normal(1, *grid),
+            normal(videos, *grid),
         )
 
 
@@ -102,7 +114,7 @@ def run_loop(
     published: bool = False,
     on_step: Callable[[StepResult], None] | None = None,
 ) -> Tensor:
-    """Final latents [1, F, C, h, w] float32 on the CPU, under guidance.
+    """Final latents [B, F, C, h, w] float32 on the CPU, under guidance.
 
     scheduler: what scheduler_config.json holds.
     published: repeat the identity stages in every step.
@@ -139,7 +151,7 @@ class _Exact:
         self.gate = torch.tensor([config.identity_attention.scale])
         self.image = inputs.image.to(device, dtype)
         self._prompt = inputs.text.to(device, dtype)
-        self.generators = [torch.Generator("cpu").manual_seed(0)]
+        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in range(len(inputs.noise))]
         with torch.inference_mode():
             self._prepare()
 
@@ -149,7 +161,7 @@ class _Exact:
 
     @property
     def text(self) -> Tensor:
-        """Of the denoiser, [2, L, d_text]."""
+        """Of the denoiser, [2B, L, d_text]."""
         return self._text
 
     def face_tokens(self, index: int, rows: int) -> Tensor:  # noqa: ARG002 - one identity serves all rows

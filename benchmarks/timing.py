@@ -6,7 +6,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Spread", "interleave"]
+__all__ = ["Deadline", "Spread", "interleave"]
+
+
+class Deadline:
+    """So many seconds from when it is made."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds until it; below zero behind it."""
+        return self._end - time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -44,16 +56,22 @@ def interleave(
     *,
     before: Callable[[int], None] | None = None,
     after: Callable[[str, float], None] | None = None,
+    deadline: Deadline | None = None,
 ) -> dict[str, list[float]]:
     """Wall seconds of each candidate in each round, all of them once in every round.
 
     The order turns from round to round, so that nobody always follows the same one. A candidate returns
     when its work is done, on a GPU after waiting for it; who warms up does so before.
     before: called with the number of each round, outside the timing. after: with each time as it comes.
+    deadline: a round that would take longer than is left, by the longest so far, isn't begun; the first is.
     """
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    longest = 0.0
     for number in range(rounds):
+        if number and deadline is not None and deadline.left < longest:
+            break
+        began = time.monotonic()
         if before is not None:
             before(number)
         turn = number % len(names)
@@ -63,4 +81,5 @@ def interleave(
             seconds[name].append(time.perf_counter() - started)
             if after is not None:
                 after(name, seconds[name][-1])
+        longest = max(longest, time.monotonic() - began)
     return seconds

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from proteus_deploy.benchmarks import bench, candidate_process, denoising_loop, sizes
+from proteus_deploy.benchmarks import candidate_process, denoising_loop, opened_candidate, sizes
 from proteus_deploy.cli import bench as command
 from proteus_deploy.cli.main import main
 
@@ -107,7 +107,7 @@ def test_a_candidate_that_fails_keeps_its_row(
             raise RuntimeError("no such kernel")
         return measured(config, scheduler, backend, *rest, **how)
 
-    monkeypatch.setattr(bench, "run_loop", break_bf16)
+    monkeypatch.setattr(opened_candidate, "run_loop", break_bf16)
     words = ["--checkpoint", str(tiny_checkpoint), "--candidate", "exact:eager:fp32", "--json", str(file)]
     assert run(*words) == 1
     rows = {row["case"]: row for row in json.loads(file.read_text())["rows"]}
