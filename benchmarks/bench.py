@@ -21,6 +21,7 @@ from proteus_deploy.benchmarks.candidates import Candidate, Opener
 from proteus_deploy.benchmarks.denoising_loop import VideoSize
 from proteus_deploy.benchmarks.machine import describe_commit, describe_machine, describe_versions
 from proteus_deploy.benchmarks.opened_candidate import OpenedCandidate, open_candidates
+from proteus_deploy.benchmarks.request_rounds import time_requests
 from proteus_deploy.benchmarks.round_ceilings import RoundCeilings, step_flops
 from proteus_deploy.benchmarks.subject import Subject
 from proteus_deploy.benchmarks.timing import Deadline, interleave
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["BenchSettings", "run_bench"]
 
 _LOOP = "one denoising loop with its identity stages, without text encoder and autoencoder"
+_REQUEST = "one whole request, from photo and prompt to decoded frames"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class BenchSettings:
     memory: also run each candidate in a process of its own, for its peak memory and its cold start.
     video: None for the size that the checkpoint was made for. videos: of one person, made at once.
     deadline: None, or by when to be done; what doesn't fit is left out, and its row says so.
+    end_to_end: after the loops, also time whole requests, stage by stage.
     """
 
     size: str
@@ -55,6 +58,7 @@ class BenchSettings:
     video: VideoSize | None = None
     videos: int = 1
     deadline: Deadline | None = None
+    end_to_end: bool = False
 
 
 def run_bench(
@@ -80,6 +84,12 @@ def run_bench(
                 "no candidate can run here: " + "; ".join(row["reason"] for row in rows.values())
             )
         ceilings = _time_loops(opened, rows, settings, report)
+        about = _about(settings, subject)
+        if settings.end_to_end:
+            count = _counter(report, "timing whole requests", settings.rounds * len(opened))
+            about["settings"]["identity"] = time_requests(
+                opened, rows, settings.rounds, deadline=settings.deadline, on_request=count
+            )
     # Backends are closed; their memory goes before child processes want it.
     if settings.device != "cpu":
         gc.collect()
@@ -91,8 +101,8 @@ def run_bench(
     if settings.memory:
         _measure_memory(ordered, settings, work, subject, report)
     return {
-        "what": _LOOP,
-        **_about(settings, subject),
+        "what": f"{_LOOP}; then {_REQUEST}" if settings.end_to_end else _LOOP,
+        **about,
         "ceilings": {**ceilings, "flops_of_a_step": flops},
         "rows": ordered,
     }

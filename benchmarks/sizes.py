@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from proteus_deploy._files import write_json
+from proteus_deploy.benchmarks.denoising_loop import VideoSize
 from proteus_deploy.benchmarks.real_size_export import TEXT_ENCODER, TRANSFORMER, VAE, write_configs
 from proteus_deploy.checkpoint import Checkpoint
 from proteus_deploy.errors import InputError
+from proteus_deploy.stage_table import VAE_SPATIAL, fixed_size
 from proteus_deploy.tiny.trained import MODEL
+from proteus_deploy.weights import read_json
 
-__all__ = ["SIZES", "open_size"]
+__all__ = ["SIZES", "open_size", "resized"]
 
 SIZES = ("tiny", "mini", "5b")
 
@@ -68,3 +71,32 @@ def open_size(name: str, folder: Path) -> Checkpoint:
         ):
             write_json(configs / part / "config.json", document)
     return Checkpoint.open(configs, random_weights_seed=0)
+
+
+def resized(checkpoint: Checkpoint, video: VideoSize, folder: Path) -> Checkpoint:
+    """A checkpoint for videos of another size.
+
+    Random weights get configs of that size, written below `folder`; weights without a position table serve
+    every size as they are. Raises InputError for a trained position table, which serves one size only.
+    """
+    own = VideoSize.of(checkpoint.transformer)
+    if video == own or not fixed_size(checkpoint.transformer.backbone):
+        return checkpoint
+    if checkpoint.random_weights_seed is None:
+        raise InputError(
+            f"{checkpoint.folder} has a position table for {own.num_frames} frames at "
+            f"{own.height}x{own.width} only; "
+            "scale over steps or batch, or a size of random weights: --size mini"
+        )
+    target = folder / f"{checkpoint.folder.name}-{video.num_frames}x{video.height}x{video.width}"
+    for file in sorted(checkpoint.folder.rglob("*.json")):
+        document = read_json(file)
+        if file.parent.name == "transformer":
+            document |= {
+                "sample_frames": video.num_frames,
+                "sample_height": video.height // VAE_SPATIAL,
+                "sample_width": video.width // VAE_SPATIAL,
+            }
+        write_json(target / file.relative_to(checkpoint.folder), document)
+    (target / "tokenizer").mkdir(exist_ok=True)
+    return Checkpoint.open(target, random_weights_seed=checkpoint.random_weights_seed)

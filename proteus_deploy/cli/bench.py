@@ -7,20 +7,23 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from proteus_deploy.errors import InputError
 
 if TYPE_CHECKING:
     from proteus_deploy.benchmarks.bench import BenchSettings
+    from proteus_deploy.benchmarks.candidates import Candidate
     from proteus_deploy.bundle import Bundle
     from proteus_deploy.checkpoint import Checkpoint
+    from proteus_deploy.reporting import Report
 
 NAME = "bench"
 HELP = "time the denoising loop of every backend side by side, against the published form"
 
 _SIZES = ("tiny", "mini", "5b")  # benchmarks.sizes has them; importing it here would load torch
 _LARGE = "5b"
+_SCALES = ("frames", "resolution", "steps", "batch")  # those of benchmarks.scaling
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,25 +44,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="of each loop (default: 50)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="loops of each (default: 3)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument(
+        "--end-to-end", action="store_true", help="then time whole requests too, stage by stage"
+    )
+    parser.add_argument("--scale", choices=_SCALES, help="time the loops at several sizes: a curve")
+    parser.add_argument(
+        "--values",
+        metavar="A,B,…",
+        help="of --scale, such as 9,17,33 or 128x128,256x256 (default: around its own)",
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave out memory and cold start")
     parser.add_argument("--work-dir", type=Path, metavar="DIR", help="keep what was exported on the way")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result file")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the rows as CSV")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table as Markdown")
     parser.add_argument("--report", type=Path, metavar="FILE.html", help="also write a page to look at")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="also write the plots as PNG")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print; 0, or 1 when a candidate failed. Raises InputError or BackendError."""
-    from proteus_deploy._files import check_writable, write_json
-    from proteus_deploy.benchmarks import bench_report
-    from proteus_deploy.benchmarks.bench import run_bench
+    from proteus_deploy._files import check_writable
     from proteus_deploy.benchmarks.candidates import default_candidates, parse_candidate, with_baselines
-    from proteus_deploy.cli.output import print_table
     from proteus_deploy.cli.progress import PhaseProgress
 
-    files = (arguments.json, arguments.csv, arguments.markdown, arguments.report)
-    for file in files:
+    plots = None if arguments.plots is None else arguments.plots / "steps.png"
+    for file in (arguments.json, arguments.csv, arguments.markdown, arguments.report, plots):
         if file is not None:
             check_writable(file)
     settings = _settings(arguments)
@@ -76,19 +86,59 @@ def run(arguments: argparse.Namespace) -> int:
     with _work_folder(arguments.work_dir) as work:
         checkpoint, bundle = _subject(arguments, work)
         with PhaseProgress() as progress:
-            document = run_bench(checkpoint, bundle, candidates, settings, work, report=progress)
+            document = _measure(arguments, checkpoint, bundle, candidates, settings, work, progress)
+    _write(arguments, document)
+    broken = any(row["status"] == "failed" or "request_reason" in row for row in document["rows"])
+    return 1 if broken else 0
+
+
+def _measure(
+    arguments: argparse.Namespace,
+    checkpoint: Checkpoint | None,
+    bundle: Bundle | None,
+    candidates: list[Candidate],
+    settings: BenchSettings,
+    work: Path,
+    progress: Report,
+) -> dict[str, Any]:
+    from proteus_deploy.benchmarks.bench import run_bench
+    from proteus_deploy.benchmarks.scaling import Scale, default_values, run_scale
+    from proteus_deploy.benchmarks.subject import Subject
+
+    if arguments.scale is None:
+        return run_bench(checkpoint, bundle, candidates, settings, work, report=progress)
+    if arguments.values:
+        values = tuple(dict.fromkeys(value.strip() for value in arguments.values.split(",")))
+    else:
+        config = Subject(checkpoint, bundle).transformer
+        values = default_values(arguments.scale, config, arguments.steps)
+    scale = Scale(arguments.scale, values)
+    return run_scale(checkpoint, bundle, candidates, settings, scale, work, report=progress)
+
+
+def _write(arguments: argparse.Namespace, document: dict[str, Any]) -> None:
+    """Print the tables; write the files that were asked for."""
+    from proteus_deploy._files import write_json
+    from proteus_deploy.benchmarks import bench_page, bench_report
+    from proteus_deploy.cli.output import print_table
+
     print_table(bench_report.HEADERS, bench_report.table(document))
+    if requests := bench_report.request_table(document):
+        print()
+        print_table(bench_report.REQUEST_HEADERS, requests)
+        print(f"\nrequests: {document['settings']['identity']}")
     print(f"\n{bench_report.conditions(document)}")
     if arguments.json is not None:
         write_json(arguments.json, document)
     for file, make in (
         (arguments.csv, bench_report.to_csv),
         (arguments.markdown, bench_report.markdown),
-        (arguments.report, bench_report.page),
+        (arguments.report, bench_page.page),
     ):
         if file is not None:
             bench_report.write_text(file, make(document))
-    return 1 if any(row["status"] == "failed" for row in document["rows"]) else 0
+    if arguments.plots is not None:
+        bench_page.write_plots(document, arguments.plots)
 
 
 def _settings(arguments: argparse.Namespace) -> BenchSettings:
@@ -98,6 +148,10 @@ def _settings(arguments: argparse.Namespace) -> BenchSettings:
     for name in ("steps", "rounds"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} is {getattr(arguments, name)}; choose at least 1")
+    if arguments.values and arguments.scale is None:
+        raise InputError(f"--values {arguments.values} is of no scale; add --scale {'|'.join(_SCALES)}")
+    if arguments.scale is not None and arguments.end_to_end:
+        raise InputError("--scale times loops only; leave out --end-to-end")
     plan = None if arguments.plan is None else read_plan(arguments.plan)
     if plan is not None:
         plan.check(steps=arguments.steps, guided=True)
@@ -109,6 +163,7 @@ def _settings(arguments: argparse.Namespace) -> BenchSettings:
         device=arguments.device,
         plan=plan,
         memory=not arguments.no_memory,
+        end_to_end=arguments.end_to_end,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from proteus_deploy.benchmarks import candidate_process, denoising_loop, opened_candidate, sizes
+from proteus_deploy.benchmarks import candidate_process, denoising_loop, opened_candidate, scaling, sizes
 from proteus_deploy.cli import bench as command
 from proteus_deploy.cli.main import main
 
@@ -24,7 +24,7 @@ def test_rows_and_files(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.Ca
     files = {kind: tmp_path / f"bench.{kind}" for kind in ("json", "csv", "markdown")}
     page = tmp_path / "bench.html"
     words = [word for kind, file in files.items() for word in (f"--{kind}", str(file))]
-    words += ["--checkpoint", str(tiny_checkpoint), "--report", str(page)]
+    words += ["--checkpoint", str(tiny_checkpoint), "--report", str(page), "--plots", str(tmp_path / "plots")]
     assert run("--candidate", "exact:eager:bf16", "--candidate", "exact:tensorrt:bf16", *words) == 0
     document = json.loads(files["json"].read_text())
     rows = {row["case"]: row for row in document["rows"]}
@@ -58,6 +58,7 @@ def test_rows_and_files(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.Ca
     assert lines[5].startswith("| exact:tensorrt:bf16 |")
     text = page.read_text()
     assert text.count("<svg") == 2
+    assert {file.name for file in (tmp_path / "plots").iterdir()} == {"loops.png", "steps.png"}
     assert "<script" not in text
     output = capsys.readouterr()
     assert output.out.splitlines()[0].split()[:2] == ["case", "loop"]
@@ -126,6 +127,11 @@ def test_a_candidate_that_fails_keeps_its_row(
         (["--candidate", "published:compiled:bf16"], "the published form runs in eager PyTorch"),
         (["--candidate", "plan:eager:fp32"], "there is no plan; add --plan FILE"),
         (["--steps", "0"], "--steps is 0; choose at least 1"),
+        (["--values", "9,17"], "--values 9,17 is of no scale; add --scale frames|resolution|steps|batch"),
+        (["--scale", "steps", "--end-to-end"], "--scale times loops only; leave out --end-to-end"),
+        (["--scale", "frames", "--values", "2"], "frames '2' is less than two latent frames"),
+        (["--scale", "steps", "--values", "4,many"], "steps 'many' isn't a whole number from 1 to 1000"),
+        (["--scale", "resolution", "--values", "100x96"], "isn't HEIGHTxWIDTH in multiples of 16 pixels"),
         (["--rounds", "0"], "--rounds is 0; choose at least 1"),
         (["--size", "5b"], "--size 5b takes days on a CPU; add --device cuda"),
         (["--size", "tiny", "--checkpoint", "x"], "--size tiny brings its own model; leave it out"),
@@ -145,5 +151,6 @@ def test_a_foreign_checkpoint_is_refused(
     assert "was exported from another checkpoint" in capsys.readouterr().err
 
 
-def test_sizes_of_the_command_are_those_that_exist() -> None:
+def test_words_of_the_command_are_those_that_exist() -> None:
     assert command._SIZES == sizes.SIZES
+    assert command._SCALES == scaling.SCALES
