@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _MAX_JSON_BYTES = 32 << 20  # the largest published one, a shard index, is far below
+_MOST_THREADS = 16
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
@@ -88,6 +92,26 @@ class RandomWeights:
 
         generator = torch.Generator().manual_seed(self._seed + zlib.crc32(key.encode()))
         return torch.randn(self._shapes[key], generator=generator) * self._scale
+
+
+def read_all(source: WeightSource, keys: Sequence[str]) -> Iterator[Tensor]:
+    """The tensors of these keys, in order.
+
+    Random ones are made by several threads, a few tensors ahead of the caller: each has a seed of its own, so
+    they are the same bytes. Files are read one tensor at a time.
+    """
+    if not isinstance(source, RandomWeights):
+        yield from (source.tensor(key) for key in keys)
+        return
+    threads = min(os.cpu_count() or 1, _MOST_THREADS)
+    waiting: deque[Future[Tensor]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for key in keys:
+            waiting.append(pool.submit(source.tensor, key))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from proteus_deploy import CheckpointError
-from proteus_deploy.weights import RandomWeights, SafetensorsFolder, check_keys
+from proteus_deploy.weights import RandomWeights, SafetensorsFolder, check_keys, read_all
 
 A, B = {"a": torch.arange(6.0).reshape(2, 3)}, {"b": torch.ones(4)}
 INDEX = "model.safetensors.index.json"
@@ -133,3 +133,22 @@ def test_random_weights_depend_on_seed_and_key_and_nothing_else() -> None:
     check_keys(shapes, store)
     with pytest.raises(CheckpointError, match=r"random weights \(seed 1\): .*\n  missing: c \[2\]"):
         check_keys({**shapes, "c": (2,)}, store)
+
+
+def test_random_weights_of_many_threads_are_those_of_one() -> None:
+    shapes = {f"{number}": (number % 7 + 1, 3) for number in range(60)}
+    store = RandomWeights(shapes, seed=3)
+    keys = [*reversed(shapes), "5"]  # in any order, and again
+    read = list(read_all(store, keys))
+    assert len(read) == len(keys)
+    assert all(torch.equal(value, store.tensor(key)) for key, value in zip(keys, read, strict=True))
+    some = read_all(store, keys)
+    assert torch.equal(next(some), store.tensor("59"))
+    some.close()  # type: ignore[attr-defined]
+
+
+def test_files_are_read_one_tensor_at_a_time(tmp_path: Path) -> None:
+    save_file(A | B, tmp_path / "model.safetensors")
+    values = read_all(SafetensorsFolder(tmp_path), ["b", "a"])
+    assert torch.equal(next(values), B["b"])
+    assert torch.equal(next(values), A["a"])

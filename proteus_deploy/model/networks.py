@@ -19,7 +19,7 @@ from proteus_deploy.model.identity_attention import IdentityForm
 from proteus_deploy.model.identity_fusion import IdentityFusion
 from proteus_deploy.model.identity_schedule import IdentitySchedule, LocalFacialExtractor
 from proteus_deploy.model.transformer import Block, Denoiser
-from proteus_deploy.weights import WeightSource
+from proteus_deploy.weights import WeightSource, read_all
 
 Kernels = Literal["reference", "triton"]
 
@@ -126,9 +126,9 @@ class Network:
 
     def materialise(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> nn.Module:
         """Read all weights as `dtype`. Returns the module in eval mode without gradients."""
-        state = {}
-        for name, meta in self.module.state_dict().items():
-            value = self.source.tensor(self.key_of(name))
+        state, metas = {}, self.module.state_dict()
+        values = read_all(self.source, [self.key_of(name) for name in metas])
+        for (name, meta), value in zip(metas.items(), values, strict=True):
             target = parameter_dtype(name, meta, dtype)
             state[name] = value.to(device=device, dtype=target)
         self.module.load_state_dict(state, assign=True)
