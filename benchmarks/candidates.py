@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from proteus_deploy.benchmarks.requirements import require_packages
 from proteus_deploy.errors import BackendError, InputError
 from proteus_deploy.reporting import Report, no_report
 
@@ -103,6 +104,7 @@ class Opener:
 
     def __call__(self, candidate: Candidate) -> Backend:
         """Raises BackendError naming what is missing and how to get it."""
+        require_packages(candidate.backend, self._device)
         if candidate.backend in _TORCH:
             return self._torch(candidate)
         if candidate.backend == "tensorrt" and self._bundle is None:

@@ -8,6 +8,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from proteus_deploy.benchmarks.bench_rows import new_row, words
 from proteus_deploy.benchmarks.denoising_loop import LoopInputs, VideoSize, run_loop
 from proteus_deploy.benchmarks.timing import Spread
@@ -26,11 +29,16 @@ if TYPE_CHECKING:
 __all__ = ["OpenedCandidate", "open_candidates"]
 
 _WARM_UP_STEPS = 2
+_LOOP_STAGES = ("identity_fusion", "identity_schedule", "denoiser")
 
 
 @dataclass(eq=False)
 class OpenedCandidate:
-    """failure: why it is out, once it has failed. latents [B, F, C, h, w] and step_seconds: of its loops."""
+    """failure: why it is out, once it has failed. latents [B, F, C, h, w] and step_seconds: of its loops.
+
+    memory: bytes on a GPU, of its weights (shared with those of the same precision) and, besides what was
+    there when a loop began, of a loop at most.
+    """
 
     candidate: Candidate
     backend: Backend
@@ -40,6 +48,7 @@ class OpenedCandidate:
     latents: Tensor | None = None
     failure: str = ""
     step_seconds: list[float] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
 
     @property
     def warm_up_steps(self) -> int:
@@ -54,7 +63,7 @@ class OpenedCandidate:
             if done.computed:
                 self.step_seconds.append(done.seconds)
 
-        with self.tuned_kernels():
+        with self.tuned_kernels(), self._noted_memory():
             self.latents = run_loop(
                 self.subject.transformer,
                 self.subject.scheduler,
@@ -76,6 +85,23 @@ class OpenedCandidate:
                 stack.enter_context(autotune())
             yield
 
+    @contextmanager
+    def _noted_memory(self) -> Iterator[None]:
+        """Of the device, where it is a GPU."""
+        device = self.backend.device
+        if device.type != "cuda":
+            yield
+            return
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield
+        self.memory["loop"] = torch.cuda.max_memory_allocated(device) - before
+        graphs = [graph.name for graph in self.backend.table.graphs if graph.stage in _LOOP_STAGES]
+        networks = [getattr(self.backend.runner(name), "module", None) for name in graphs]
+        found = [network.state_dict() for network in networks if isinstance(network, nn.Module)]
+        if len(found) == len(graphs):
+            self.memory["weights"] = sum(value.nbytes for state in found for value in state.values())
+
     def guarded_loop(self) -> None:
         """One that fails in a round is out of the others, and keeps nobody from being timed."""
         if not self.failure:
@@ -91,6 +117,7 @@ class OpenedCandidate:
         return new_row(self.candidate, self.settings.size, "ok") | {
             "latency_ms": Spread.of(seconds).milliseconds(),
             "step_ms": Spread.of(self.step_seconds).milliseconds(),
+            **({"device_memory_bytes": dict(self.memory)} if self.memory else {}),
         }
 
 
