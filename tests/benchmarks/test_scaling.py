@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from proteus_deploy.benchmarks import opened_candidate
+from proteus_deploy.benchmarks import denoising_loop, opened_candidate
 from proteus_deploy.benchmarks.bench import BenchSettings
 from proteus_deploy.benchmarks.candidates import parse_candidate
 from proteus_deploy.benchmarks.denoising_loop import LoopInputs, VideoSize, run_loop
@@ -42,7 +42,7 @@ def test_rows_say_the_size_that_was_run(
     shapes: list[tuple[int, int]],
 ) -> None:
     seen: list[tuple[tuple[int, int], int]] = []
-    measured = opened_candidate.run_loop
+    measured = denoising_loop.run_loop
 
     def note(*arguments: Any, **named: Any) -> torch.Tensor:
         latents = measured(*arguments, **named)

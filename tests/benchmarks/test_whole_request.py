@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from proteus_deploy.benchmarks import whole_request as module
 from proteus_deploy.benchmarks.bench import BenchSettings, run_bench
 from proteus_deploy.benchmarks.candidates import parse_candidate
 from proteus_deploy.benchmarks.whole_request import STAGES, TimedRequests, usual_request
@@ -75,7 +74,7 @@ def test_every_second_belongs_to_a_stage(
             return decoded(graph)
 
         monkeypatch.setattr(pipeline.backend, "runner", slow_chunks)
-        monkeypatch.setattr(module.time, "perf_counter", lambda: clock.now)
+        monkeypatch.setattr("time.perf_counter", lambda: clock.now)
         own.run()
     (times,) = own.times
     assert times.stages == {
@@ -107,7 +106,7 @@ def test_the_first_frame_is_there_before_the_last(
             return decoded(graph)
 
         monkeypatch.setattr(pipeline.backend, "runner", slow_chunks)
-        monkeypatch.setattr(module.time, "perf_counter", lambda: clock.now)
+        monkeypatch.setattr("time.perf_counter", lambda: clock.now)
         own.run()
     (times,) = own.times
     assert (times.first_frame, times.total) == (7.0, 14.0)

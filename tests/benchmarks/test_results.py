@@ -1,0 +1,94 @@
+"""Measured tables of the README are what their result files say."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proteus_deploy.benchmarks import bench_report, readme_table
+
+NAMES = ("bench_mini",)  # benchmarks/results/NAME.json, shown between <!-- NAME --> and <!-- /NAME -->
+
+
+def shown(page: str, name: str) -> str | None:
+    """What stands between the markers of a table; None without them."""
+    found = re.findall(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", page, re.DOTALL)
+    assert len(found) <= 1, f"{name} is shown more than once"
+    assert found or name not in re.findall(r"<!-- /?(\w+) -->", page), (
+        f"one marker of {name} without the other"
+    )
+    return found[0] if found else None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_readme_shows_what_was_measured(repository: Path, name: str) -> None:
+    """A file without its table, a table without its file, or figures that differ: all fail."""
+    file = repository / "benchmarks" / "results" / f"{name}.json"
+    document = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    wanted = None if document is None else bench_report.readme_table(document)
+    assert shown((repository / "README.md").read_text(encoding="utf-8"), name) == wanted
+    if document is not None:
+        assert not document["commit"].endswith(("-dirty", "unknown")), "measure a commit, not a working tree"
+
+
+def spread(median: float) -> dict[str, float]:
+    return {"median": median, "p20": median, "p80": median, "n": 3}
+
+
+@pytest.fixture(name="document")
+def _document() -> dict[str, Any]:
+    ok = {
+        "case": "exact:compiled:bf16",
+        "status": "ok",
+        "latency_ms": spread(17_240.0),
+        "step_ms": spread(340.4),
+        "speedup_vs_published_bf16": 1.804,
+        "speedup_vs_published_fp32": None,
+        "share_of_floor": 0.517,
+        "relative_error": 0.0123,
+    }
+    return {
+        "machine": {"cpu": "Some CPU", "cores": 2, "extensions": ["amx_bf16"], "gpu": None},
+        "versions": {"torch": "2.13.0", "diffusers": "0.42", "openvino": "2026.1"},
+        "commit": "0123456789abcdef",
+        "settings": {
+            "size": "mini",
+            "steps": 50,
+            "rounds": 3,
+            "device": "cpu",
+            "threads": 2,
+            "video": {"num_frames": 17, "height": 256, "width": 256},
+        },
+        "rows": [ok, {**ok, "case": "exact:openvino:bf16", "status": "not measured", "reason": "absent"}],
+    }
+
+
+def test_table_of_a_document(
+    document: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = bench_report.readme_table(document)
+    lines = table.splitlines()
+    assert lines[2:] == [
+        "| `exact:compiled:bf16` | 17.2 | 1.80x |  | 340 | 52% | 1.2e-02 |",
+        "",
+        (
+            "`mini`, 17 frames at 256x256, 50 steps under guidance, medians of 3 interleaved rounds; Some "
+            "CPU, 2 cores (amx_bf16), 2 threads; torch 2.13.0, openvino 2026.1; commit 0123456789ab."
+        ),
+    ]
+    assert lines[0].count("|") == lines[2].count("|")
+    file = tmp_path / "bench_mini.json"
+    file.write_text(json.dumps(document))
+    assert readme_table.main([str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert shown(f"# Title\n\n{printed}\nmore", "bench_mini") == table
+
+
+def test_a_lone_marker_is_noticed() -> None:
+    assert shown("no table", "bench_mini") is None
+    with pytest.raises(AssertionError, match="one marker of bench_mini without the other"):
+        shown("<!-- bench_mini -->\n| a |\n", "bench_mini")
