@@ -23,6 +23,7 @@ from proteus_deploy.stages import Graph
 
 DEFAULT_FLAVOUR = "tensorrt_rtx"
 OnGraph = Callable[[str, Mapping[str, Any] | None], None]
+BuildGraph = Callable[[Graph, Path], dict[str, Any]]
 
 _PARTIAL = ".partial-"
 
@@ -53,37 +54,61 @@ def build_bundle(
     options = options or EngineOptions()
     api.check_options(options)
     graphs = select_graphs(bundle, stages)
-    report = progress or _no_progress
     document: dict[str, Any] = {
         "target": target,
         "flavour": api.flavour,
         "version": api.version,
         "options": options.to_json(),
     }
+
+    def build(graph: Graph, folder: Path) -> dict[str, Any]:
+        return build_engine(
+            bundle.onnx_file(graph.name),
+            graph,
+            bundle.table,
+            target,
+            api=api,
+            destination=folder / f"{graph.name}.engine",
+            dtype=bundle.dtype,
+            options=options,
+            cache=cache,
+            force_memory=force_memory,
+            cancel=cancel,
+        )
+
+    return write_engines(
+        bundle, document, graphs, build, keep_others=stages is not None, progress=progress, cancel=cancel
+    )
+
+
+def write_engines(
+    bundle: Bundle,
+    document: Mapping[str, Any],
+    graphs: Sequence[Graph],
+    build: BuildGraph,
+    *,
+    keep_others: bool,
+    progress: OnGraph | None = None,
+    cancel: Event | None = None,
+) -> EngineSet:
+    """Fill `bundle.folder/engines/<document["target"]>/` in one rename.
+
+    build(graph, folder) writes files named `<graph>.…` into `folder` and returns the graph's record, whose
+    "file" is the one to open. keep_others: engines of other graphs stay if made under the same `document`.
+    """
+    report = progress or _no_progress
+    target = document["target"]
     final = bundle.folder / ENGINES / target
     with _locked(final.parent):
         _refuse_foreign(final)
         partial = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{target}-", dir=final.parent))
         try:
             started_s = time.monotonic()
-            records = {} if stages is None else _keep(bundle, document, graphs, partial)
+            records = _keep(bundle, document, graphs, partial) if keep_others else {}
             for graph in graphs:
                 _stop_if(cancel)
                 report(graph.name, None)
-                record = build_engine(
-                    bundle.onnx_file(graph.name),
-                    graph,
-                    bundle.table,
-                    target,
-                    api=api,
-                    destination=partial / f"{graph.name}.engine",
-                    dtype=bundle.dtype,
-                    options=options,
-                    cache=cache,
-                    force_memory=force_memory,
-                    cancel=cancel,
-                )
-                records[graph.name] = {"stage": graph.stage, **record}
+                records[graph.name] = {"stage": graph.stage, **build(graph, partial)}
                 report(graph.name, records[graph.name])
             _stop_if(cancel)
             seconds = round(time.monotonic() - started_s, 3)

@@ -147,7 +147,7 @@ def _trace(
             optimize=False,
             verbose=False,
             opset_version=OPSET[dtype],
-            dynamic_shapes=_group_variadic(module, shapes),
+            dynamic_shapes=group_variadic(module, shapes),
             input_names=[spec.name for spec in graph.inputs],
             output_names=[spec.name for spec in graph.outputs],
         )
@@ -167,7 +167,7 @@ def _quiet_registry() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _group_variadic(module: nn.Module, shapes: tuple[dict[int, Any], ...]) -> tuple[Any, ...]:
+def group_variadic(module: nn.Module, shapes: tuple[dict[int, Any], ...]) -> tuple[Any, ...]:
     """torch.export wants the shapes of *args as one nested tuple."""
     import inspect
 

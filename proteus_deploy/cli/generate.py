@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 NAME = "generate"
 HELP = "make an mp4 of the person in a photo, from a bundle or a checkpoint"
 
-_BUNDLE_BACKENDS = ("onnxruntime", "openvino", "tensorrt")
+_BUNDLE_BACKENDS = ("onnxruntime", "openvino", "tensorrt", "aotinductor")
 _CHECKPOINT_BACKENDS = ("eager", "compiled")
 _RANDOM = "random"
 

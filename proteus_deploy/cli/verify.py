@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend",
         action="append",
         metavar="NAME",
-        help="onnxruntime (default), openvino, tensorrt; with --checkpoint eager, compiled; repeatable",
+        help="onnxruntime (default), openvino, tensorrt, aotinductor; with --checkpoint eager, compiled; "
+        "repeatable",
     )
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="compute the reference from this checkpoint now"

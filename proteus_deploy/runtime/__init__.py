@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from proteus_deploy.bundle import Bundle
     from proteus_deploy.runtime.backend import Backend
 
-BUNDLE_BACKENDS = ("onnxruntime", "openvino", "tensorrt")
+BUNDLE_BACKENDS = ("onnxruntime", "openvino", "tensorrt", "aotinductor")
 CHECKPOINT_BACKENDS = ("eager", "compiled")
 
 
@@ -28,6 +28,10 @@ def open_bundle_backend(bundle: Bundle, name: str, *, device: str | None = None)
         from proteus_deploy.runtime.tensorrt_backend import TensorRTBackend
 
         return TensorRTBackend(bundle, device=device or "cuda")
+    if name == "aotinductor":
+        from proteus_deploy.runtime.aotinductor_backend import AotInductorBackend
+
+        return AotInductorBackend(bundle, device=device or "cpu")
     if name in CHECKPOINT_BACKENDS:
         raise BackendError(f"backend {name!r} runs a checkpoint, not a bundle; pass the checkpoint folder")
     raise BackendError(f"backend {name!r} is unknown; a bundle runs with {', '.join(BUNDLE_BACKENDS)}")

@@ -43,7 +43,8 @@ class TensorRTBackend:
         runtime_cache: folder for kernels compiled on this GPU (tensorrt_rtx only), one file per graph.
         """
         self.device = torch.device(device)
-        gpu = _require_gpu(self.device, " and ".join(bundle.targets) or "no target yet")
+        built = [target for target in bundle.targets if not target.startswith("aotinductor")]
+        gpu = _require_gpu(self.device, " and ".join(built) or "no target yet")
         self.dtype = resolve_dtype(bundle.dtype)
         self.table = bundle.table
         self.engines = bundle.engines(gpu)

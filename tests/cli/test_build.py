@@ -165,3 +165,47 @@ def test_target_is_required(bundle: Bundle, capsys: pytest.CaptureFixture[str]) 
         cli.main(["build", str(bundle.folder)])
     assert stopped.value.code == 2
     assert "--target" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--target", "aotinductor-cpu"],
+            "aotinductor-cpu compiles the checkpoint's networks; add --checkpoint",
+        ),
+        (["--target", "sm89", "--checkpoint", "x"], "--checkpoint is read for --target aotinductor-cpu only"),
+        (
+            ["--target", "aotinductor-cpu", "--checkpoint", "x", "--strip-weights"],
+            "--strip-weights is for TensorRT engines; leave it out",
+        ),
+        (["--target", "aotinductor-cpu", "--checkpoint", "absent"], "absent"),
+    ],
+    ids=["no checkpoint", "checkpoint for an engine", "flag of engines", "absent checkpoint"],
+)
+def test_flags_that_no_target_follows(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert cli.main(["build", str(bundle.folder), *flags]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert bundle.targets == ()
+
+
+def test_engines_and_packages_in_one_command(
+    bundle: Bundle, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from proteus_deploy.export import aot_package
+
+    asked: list[tuple[str, Any]] = []
+
+    def packages(bundle: Bundle, checkpoint: Any, **options: Any) -> Any:
+        asked.append((checkpoint.folder.name, options["stages"]))
+        options["progress"]("first", None)
+        options["progress"]("first", {})
+        return bundle.engines("sm89")
+
+    monkeypatch.setattr(aot_package, "build_packages", packages)
+    targets = ["--target", "aotinductor-cpu", "--target", "sm89", "--checkpoint", str(tiny_checkpoint)]
+    assert cli.main(["build", str(bundle.folder), *targets, "--stage", "first"]) == 0
+    assert asked == [(tiny_checkpoint.name, ["first"])]
+    assert "building: done, 2 engines" in capsys.readouterr().err

@@ -249,7 +249,7 @@ def test_another_checkpoint_is_refused(bundle: Bundle, make_checkpoint: Callable
 
 def test_something_has_to_be_compared(bundle: Bundle) -> None:
     with pytest.raises(
-        InputError, match="no backend to verify; choose from onnxruntime, openvino, tensorrt, eager"
+        InputError, match="no backend to verify; choose from onnxruntime, openvino, tensorrt, aotinductor"
     ):
         verify_bundle(bundle, [])
     empty = VerificationReport("b", "fp32", (), {}, {})
