@@ -12,7 +12,8 @@ from proteus_deploy.evaluate.plots import Points, scatter_plot
 from proteus_deploy.evaluate.report_style import STYLE
 
 if TYPE_CHECKING:
-    from proteus_deploy.benchmarks.tuning import Trial, Tuning
+    from proteus_deploy.benchmarks.plan_trials import Trial
+    from proteus_deploy.benchmarks.tuning import Tuning
 
 __all__ = ["HEADERS", "page", "row", "tuning_document"]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from proteus_deploy.errors import InputError
 
 if TYPE_CHECKING:
-    from proteus_deploy.benchmarks.tuning import TuningCase
+    from proteus_deploy.benchmarks.plan_trials import TuningCase
     from proteus_deploy.evaluate.budget import Budget
     from proteus_deploy.pipeline import Pipeline
 
@@ -114,34 +114,22 @@ def _open(arguments: argparse.Namespace) -> Pipeline:
 
 def _drawn_cases(arguments: argparse.Namespace) -> list[TuningCase]:
     """People who were neither trained on nor held out for the measures, each with another movement."""
-    from proteus_deploy.benchmarks.tiny_model_quality import VALIDATION, cases
-    from proteus_deploy.benchmarks.tuning import TuningCase
-    from proteus_deploy.request import GenerateRequest
+    from proteus_deploy.benchmarks.tiny_model_plan import drawn_requests
+    from proteus_deploy.benchmarks.tiny_model_quality import VALIDATION
     from proteus_deploy.tiny.trained import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
-    from proteus_deploy.training.avatars import make_photo
 
     if not 1 <= arguments.people <= len(VALIDATION):
         raise InputError(f"--people is {arguments.people}; choose 1 to {len(VALIDATION)}")
-    return [
-        TuningCase(
-            case.name,
-            str(case.person),
-            GenerateRequest(
-                prompt=case.drawn.prompt,
-                identity_prompt=case.drawn.identity_prompt,
-                photo=make_photo(case.person, 0).image,
-                num_inference_steps=_given(arguments.num_inference_steps, NUM_INFERENCE_STEPS),
-                guidance_scale=_given(arguments.guidance_scale, GUIDANCE_SCALE),
-                seed=case.seed,
-            ),
-        )
-        for case in cases(VALIDATION[: arguments.people], 1)
-    ]
+    return drawn_requests(
+        VALIDATION[: arguments.people],
+        steps=_given(arguments.num_inference_steps, NUM_INFERENCE_STEPS),
+        guidance_scale=_given(arguments.guidance_scale, GUIDANCE_SCALE),
+    )
 
 
 def _read_cases(arguments: argparse.Namespace) -> list[TuningCase]:
     """Of a JSON list of {photo, prompt, identity_prompt, seed, person, name}; paths relative to the file."""
-    from proteus_deploy.benchmarks.tuning import TuningCase
+    from proteus_deploy.benchmarks.plan_trials import TuningCase
     from proteus_deploy.cli.evaluate_cases import read_case_list
     from proteus_deploy.request import GenerateRequest
 

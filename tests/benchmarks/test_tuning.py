@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 
 from proteus_deploy.benchmarks import tuning as module
+from proteus_deploy.benchmarks.plan_trials import TuningCase
 from proteus_deploy.benchmarks.published_form import use_published_form
-from proteus_deploy.benchmarks.tuning import TuningCase, search_plan
+from proteus_deploy.benchmarks.tuning import search_plan
 from proteus_deploy.benchmarks.tuning_report import page, row, tuning_document
 from proteus_deploy.errors import InputError
 from proteus_deploy.evaluate.budget import Bound, Budget
@@ -136,3 +138,20 @@ def test_the_published_form_gives_the_same_video(
     assert_close("frames", frames, want, TOLERANCES["parity", "frames"])
     # Once before the loop, as ours does, and once more in each of the three steps.
     assert calls.count("identity_fusion") == calls.count("identity_schedule") == 4
+
+
+def test_plan_on_people_that_the_search_has_not_seen(tmp_path: Path) -> None:
+    from proteus_deploy.benchmarks import tiny_model_plan
+    from proteus_deploy.benchmarks.tiny_model_quality import VALIDATION
+    from proteus_deploy.training.avatars import HELD_OUT_SEEDS
+
+    assert not set(VALIDATION) & set(HELD_OUT_SEEDS)
+    plan, found = tmp_path / "plan.json", tmp_path / "found.json"
+    Plan(step_cache=EasyCache(threshold=9.0)).save(plan)
+    flags = ["--people", "1", "--num-inference-steps", "8"]
+    assert tiny_model_plan.main([str(plan), "--json", str(found), *flags]) == 1
+    document = json.loads(found.read_text())
+    assert document["settings"]["people"] == [next(iter(HELD_OUT_SEEDS))]
+    assert document["exact"]["work"] == 1
+    assert document["planned"]["work"] < 1
+    assert document["planned"]["means"]["psnr"] < document["exact"]["means"]["psnr"]
