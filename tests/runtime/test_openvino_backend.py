@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch
 from proteus_deploy import BackendError, InputError
 from proteus_deploy.bundle import Bundle, write_manifest
 from proteus_deploy.runtime.openvino_backend import OpenVinoBackend, OpenVinoGraph
+from proteus_deploy.stages import sample_inputs
+from proteus_deploy.testing import TOLERANCES, assert_close
 
 pytest.importorskip("openvino")
 
@@ -107,3 +110,51 @@ def test_threads_get_their_own_results(new_bundle: Callable[..., Bundle]) -> Non
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(one, range(200)))
+
+
+def test_number_of_threads(new_bundle: Callable[..., Bundle]) -> None:
+    run = OpenVinoBackend(new_bundle("bundle"), threads=1).runner("first")
+    assert run._compiled.get_property("INFERENCE_NUM_THREADS") == 1
+
+
+def test_nothing_is_quantised_behind_the_graph(new_bundle: Callable[..., Bundle]) -> None:
+    run = OpenVinoBackend(new_bundle("bundle")).runner("first")
+    assert run._compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == 0
+
+
+@pytest.fixture(scope="module")
+def small(parity_bundle: Path) -> Bundle:
+    return Bundle.open(parity_bundle)
+
+
+def test_denoiser_of_fixed_sizes_computes_the_same(small: Bundle) -> None:
+    table = small.table
+    graph, sizes = table.graph("denoiser"), table.sizes("opt")
+    fixed = {symbol: sizes[symbol] for symbol in graph.symbols}
+    inputs = sample_inputs(graph, sizes)
+    want = OpenVinoBackend(small).runner("denoiser")(**inputs)["velocity"]
+    backend = OpenVinoBackend(small, denoiser_sizes=fixed)
+    run = backend.runner("denoiser")
+    assert not run._compiled.input("latents").partial_shape.is_dynamic
+    assert_close("velocity", run(**inputs)["velocity"], want, TOLERANCES["bundle", "graph", "fp32"])
+    with pytest.raises(
+        InputError, match=r"denoiser: batch \(B\) is 1, and denoiser_sizes fixed it at 2; open"
+    ):
+        run(**sample_inputs(graph, sizes | {"B": 1}))
+    text = backend.runner("text_encoder")
+    assert text(**sample_inputs(text.graph, {"B": 1, "N": 5}))["text"].shape[:2] == (1, 5)
+
+
+def test_part_of_the_sizes_can_be_fixed(small: Bundle) -> None:
+    run = OpenVinoBackend(small, denoiser_sizes={"y": 4, "x": 6}).runner("denoiser")
+    for batch in (1, 2):
+        sizes = small.table.sizes("opt") | {"B": batch}
+        inputs = sample_inputs(run.graph, sizes)
+        assert run(**inputs)["velocity"].shape == inputs["latents"][:, :, :16].shape
+
+
+def test_sizes_that_the_denoiser_has_not_are_refused(small: Bundle) -> None:
+    with pytest.raises(InputError, match="denoiser_sizes has 'h'; the denoiser's symbols are B, f, y, x, L"):
+        OpenVinoBackend(small, denoiser_sizes={"h": 3})
+    with pytest.raises(InputError, match=r"batch \(B\) is 99; the declared range is 1 to 2"):
+        OpenVinoBackend(small, denoiser_sizes={"B": 99})
