@@ -22,7 +22,7 @@ __all__ = ["BASELINES", "Candidate", "Opener", "default_candidates", "parse_cand
 Form = Literal["published", "exact", "plan"]
 FORMS: tuple[Form, ...] = ("published", "exact", "plan")
 PRECISIONS = ("fp32", "bf16", "fp16")
-_TORCH = ("eager", "compiled", "eager-triton", "compiled-triton")
+_TORCH = ("eager", "compiled", "compiled-cpu", "eager-triton", "compiled-triton")
 BACKENDS = (*_TORCH, "onnxruntime", "openvino", "tensorrt")
 
 
@@ -69,6 +69,7 @@ def default_candidates(device: str, *, planned: bool) -> list[Candidate]:
     chosen = [*BASELINES, Candidate("exact", "eager", "bf16"), Candidate("exact", "compiled", "bf16")]
     if device == "cpu":
         chosen += [
+            Candidate("exact", "compiled-cpu", "bf16"),
             Candidate("exact", "eager", "fp32"),
             Candidate("exact", "onnxruntime", "fp32"),
             Candidate("exact", "openvino", "bf16"),
@@ -80,7 +81,7 @@ def default_candidates(device: str, *, planned: bool) -> list[Candidate]:
             Candidate("exact", "tensorrt", "bf16"),
         ]
     if planned:
-        chosen.append(Candidate("plan", "compiled", "bf16"))
+        chosen.append(Candidate("plan", "compiled-cpu" if device == "cpu" else "compiled", "bf16"))
     return chosen
 
 
@@ -128,6 +129,7 @@ class Opener:
             device=self._device,
             compiled=candidate.backend.startswith("compiled"),
             kernels="triton" if candidate.backend.endswith("-triton") else "reference",
+            attention="cpu-bf16" if candidate.backend == "compiled-cpu" else "torch",
             folded=candidate.form != "published",
             weights_of=self._first.get(candidate.precision),
         )

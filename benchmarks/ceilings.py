@@ -39,9 +39,9 @@ def launches(device: torch.device) -> int:
     return 20 if device.type == "cuda" else 1
 
 
-def launch_many(work: Callable[[], object], device: torch.device) -> None:
-    """Start the work `launches` times, then wait for the device once."""
-    for _ in range(launches(device)):
+def launch_many(work: Callable[[], object], device: torch.device, times: int | None = None) -> None:
+    """Start the work `times` times (None: `launches` times), then wait for the device once."""
+    for _ in range(launches(device) if times is None else times):
         work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

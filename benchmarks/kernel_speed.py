@@ -27,11 +27,12 @@ from proteus_deploy.kernels.identity_attention import (
     fused_identity_attention,
     fused_identity_attention_unfolded,
 )
+from proteus_deploy.kernels.joint_attention import Product, attention, fused_attention
 from proteus_deploy.kernels.launch import Backend, autotune
 from proteus_deploy.kernels.modulated_norm import fused_modulated_norm
 from proteus_deploy.kernels.qk_norm_rotary import fused_qk_norm_rotary
 from proteus_deploy.reporting import Report, no_report
-from proteus_deploy.testing import TOLERANCES, error_order, relative_error
+from proteus_deploy.testing import TOLERANCES, Tolerance, error_order, relative_error
 
 __all__ = ["PUBLISHED", "SMALL", "KernelCase", "KernelSize", "kernel_cases", "measure_kernels"]
 
@@ -54,7 +55,7 @@ class KernelSize:
 
 
 PUBLISHED = KernelSize(2, 226, 17_550, 3072, 64, 16, 128, 32)
-SMALL = KernelSize(2, 3, 20, 64, 16, 2, 16, 4)
+SMALL = KernelSize(2, 3, 20, 64, 32, 2, 16, 4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,8 @@ class KernelCase:
     """run(backend) computes the kernel ("triton") or its plain form ("reference").
 
     published: the eager form it replaces, where that isn't the plain form. bytes and flops: that the kernel
-    has to move and compute.
+    has to move and compute. tolerance: of a kernel that approximates its plain form. long: one run hides
+    Python's time by itself.
     """
 
     name: str
@@ -70,10 +72,12 @@ class KernelCase:
     bytes: int
     flops: int
     published: Callable[[], Any] | None = None
+    tolerance: Tolerance | None = None
+    long: bool = False
 
 
 def kernel_cases(size: KernelSize, device: torch.device, dtype: torch.dtype) -> Iterator[KernelCase]:
-    """The four forward kernels on seeded inputs of that size."""
+    """The forward kernels on seeded inputs of that size; attention in each form of its first product."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0, kind: torch.dtype = dtype) -> Tensor:
@@ -146,6 +150,26 @@ def kernel_cases(size: KernelSize, device: torch.device, dtype: torch.dtype) -> 
         bytes=4 * tokens * value,
         flops=10 * tokens,
     )
+    values = normal(b, length + n, d).unflatten(-1, (-1, size.head)).transpose(1, 2)
+    products: tuple[Product, ...] = ("tokens", "int8", "fp8")
+    for product in products:
+        exact = product == "tokens"
+        yield KernelCase(
+            "joint attention" if exact else f"joint attention, {product}",
+            partial(_attend, query, keys, values, product),
+            # An 8-bit form reads queries and keys, writes their codes and reads those.
+            bytes=4 * tokens * value + (0 if exact else 4 * tokens),
+            flops=4 * (length + n) * tokens,
+            tolerance=None if exact else TOLERANCES["attention", product],
+            long=True,
+        )
+
+
+def _attend(query: Tensor, key: Tensor, values: Tensor, product: Product, backend: Backend) -> Tensor:
+    """Every form is held against PyTorch's own attention, which is exact."""
+    if backend == "reference":
+        return attention(query, key, values)
+    return fused_attention(query, key, values, product=product)
 
 
 def measure_kernels(
@@ -201,17 +225,17 @@ def _measure(
         got = forms["triton"]()
         pairs = zip(_tensors(got), _tensors(forms["eager"]()), strict=True)
         error = max(itertools.starmap(relative_error, pairs), key=error_order)
-        bound = TOLERANCES["kernel", str(dtype).removeprefix("torch.")].bound
+        tolerance = case.tolerance or TOLERANCES["kernel", str(dtype).removeprefix("torch.")]
+        bound = tolerance.bound
         if not error <= bound:
             raise ComputationError(f"{case.name}: relative error {error:.3g} is above {bound:g}; not timed")
-        waiting = {name: partial(launch_many, form, device) for name, form in forms.items()}
+        times = 1 if case.long else launches(device)
+        waiting = {name: partial(launch_many, form, device, times) for name, form in forms.items()}
         for form in waiting.values():
             for _ in range(_WARM_UPS):
                 form()
         seconds = interleave(waiting, rounds)
-    spreads = {
-        name: Spread.of([value / launches(device) for value in values]) for name, values in seconds.items()
-    }
+    spreads = {name: Spread.of([value / times for value in values]) for name, values in seconds.items()}
     ours = spreads["triton"].median
     return {
         "kernel": case.name,

@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = read_plan(arguments.plan)
     people = list(HELD_OUT_SEEDS)[: arguments.people]
     requests = drawn_requests(people, steps=arguments.num_inference_steps)
-    compiled = arguments.backend == "compiled"
-    with Pipeline.from_checkpoint(MODEL, dtype=arguments.dtype, compiled=compiled) as pipeline:
+    how = {"compiled": arguments.backend == "compiled", "attention": arguments.attention}
+    with Pipeline.from_checkpoint(MODEL, dtype=arguments.dtype, **how) as pipeline:
         trials = PlanTrials(pipeline, requests, DEFAULT_BUDGET, load_encoders(ENCODERS), _say)
         exact, planned = trials.exact(), trials.trial("planned", plan)
     document = {
@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "people": people,
             "dtype": arguments.dtype,
             "backend": arguments.backend,
+            "attention": arguments.attention,
             "threads": torch.get_num_threads(),
             "num_inference_steps": arguments.num_inference_steps,
             "guidance_scale": GUIDANCE_SCALE,
@@ -97,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-inference-steps", type=int, default=NUM_INFERENCE_STEPS, metavar="N")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--backend", choices=("eager", "compiled"), default="eager")
+    parser.add_argument("--attention", default="torch", metavar="NAME")
     return parser
 
 

@@ -33,7 +33,10 @@ TARGETS = (80, 89, 90, 100, 120)
 # Batch, tokens, width, heads and head size of CogVideoX-5B; identity heads and face tokens of Proteus-ID.
 _B, _L, _N, _D, _H, _HEAD, _ID_HEADS, _Q = 2, 226, 17_550, 3072, 48, 64, 16, 32
 
-_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+_POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class KernelResources:
 
     kernel: str
     target: str  # sm_90
-    dtype: str  # of the tokens
+    dtype: str  # of the tokens; of two kinds, "first and second"
     blocks: dict[str, int]
     warps: int
     stages: int
@@ -81,6 +84,8 @@ def published_launches(dtype: torch.dtype = torch.bfloat16) -> tuple[Launch, ...
         run("modulated_norm.triton", "forward", text, hidden, *vectors[:4], *affine, 1e-5)
         run("qk_norm_rotary.triton", "forward", heads, heads, *head_affine, *tables, 1e-6)
         run("gated_residual_norm.triton", "forward", text, hidden, joint, *vectors, *affine, 1e-5)
+        for product in ("tokens", "int8", "fp8"):  # the 8-bit forms record their rounding as well
+            run("joint_attention.triton", "forward", heads, heads, heads, product)
     return tuple(launches)
 
 
@@ -157,10 +162,9 @@ def _compile(launch: Launch, config: LaunchConfig, target: int, *, default: bool
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    tokens = next(launch.arguments[name] for name in ("hidden", "video", "query") if name in launch.arguments)
     row: dict[str, Any] = {
         "kernel": launch.kernel.__name__, "target": f"sm_{target}",
-        "dtype": str(tokens.dtype).removeprefix("torch."), "blocks": dict(config.blocks),
+        "dtype": _dtypes(launch), "blocks": dict(config.blocks),
         "warps": config.warps, "stages": config.stages, "default": default,
     }  # fmt: skip
     options = {"num_warps": config.warps, "num_stages": config.stages}
@@ -182,6 +186,13 @@ def _compile(launch: Launch, config: LaunchConfig, target: int, *, default: bool
     return KernelResources(
         **row, status=status, registers=registers, local_bytes=local_bytes, shared_bytes=shared
     )
+
+
+def _dtypes(launch: Launch) -> str:
+    """Of the tokens, and of what they meet or become where that is another one: 8-bit forms have two."""
+    names = ("hidden", "video", "query", "value", "query_out")
+    tensors = [launch.arguments[name] for name in names if name in launch.arguments]
+    return " and ".join(dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in tensors))
 
 
 def _read_cubin(cubin: bytes) -> tuple[int, int]:

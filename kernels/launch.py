@@ -142,12 +142,12 @@ def _is_interpreted(kernel: Any) -> bool:
     return not isinstance(kernel, JITFunction)
 
 
-def check_kernels_run_on(device: torch.device) -> None:
-    """Raises BackendError where no kernel could run: before any weight is read for it."""
+def check_kernels_run_on(device: torch.device, way_out: str = "take kernels='reference'") -> None:
+    """Raises BackendError, naming `way_out`, where no kernel could run: before any weight is read for it."""
     kernel = load_kernels("proteus_deploy.kernels.modulated_norm.triton").modulated_norm_kernel
     if device.type != "cuda" and not _is_interpreted(kernel):
         raise BackendError(
-            f"Triton kernels run on CUDA devices, and the device is {device}; take kernels='reference', or "
+            f"Triton kernels run on CUDA devices, and the device is {device}; {way_out}, or "
             "set TRITON_INTERPRET=1 before Python starts to interpret them, slowly, on the CPU"
         )
 

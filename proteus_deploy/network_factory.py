@@ -32,11 +32,17 @@ class NetworkFactory:
     """Builds the networks of an opened checkpoint. Weight files are checked as a whole, once."""
 
     def __init__(
-        self, checkpoint: Checkpoint, *, folded: bool = False, kernels: Kernels = "reference"
+        self,
+        checkpoint: Checkpoint,
+        *,
+        folded: bool = False,
+        kernels: Kernels = "reference",
+        attention: str = "torch",
     ) -> None:
         self.checkpoint = checkpoint
         self.folded = folded
         self.kernels: Kernels = kernels
+        self.attention = attention
         self._transformer: WeightSource | None = None
         self._vae: WeightSource | None = None
         self._text: WeightSource | None = None
@@ -45,7 +51,10 @@ class NetworkFactory:
         """The network of one graph of the stage table."""
         if graph in ("identity_fusion", "identity_schedule", "denoiser"):
             modules = transformer_networks(
-                self.checkpoint.transformer, folded=self.folded, kernels=self.kernels
+                self.checkpoint.transformer,
+                folded=self.folded,
+                kernels=self.kernels,
+                attention=self.attention,
             )
             if self._transformer is None:
                 self._transformer = self._checked("transformer", _shapes(modules.values(), _same))

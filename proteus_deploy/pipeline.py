@@ -120,20 +120,29 @@ class Pipeline:
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype = "float32",
         compiled: bool = False,
+        attention: str = "torch",
         vae_tiling: bool | Tiling = False,
         low_memory: bool = False,
         cache: StageCache | None = None,
     ) -> Pipeline:
         """The PyTorch reference on a checkpoint folder. Weights are read on first use of each stage.
 
-        low_memory: see `Pipeline`.
+        compiled: through torch.compile, identity attention in its folded form. attention: of the denoiser, a
+        name of `kernels.joint_attention.attention_with`. low_memory: see `Pipeline`.
         cache: keeps results of text and identity stages across requests; its first use hashes the folder.
         Raises CheckpointError, BackendError or InputError.
         """
         from proteus_deploy.runtime.eager import EagerBackend
 
         checkpoint = Checkpoint.open(folder)
-        backend = EagerBackend(checkpoint, dtype=resolve_dtype(dtype), device=device, compiled=compiled)
+        backend = EagerBackend(
+            checkpoint,
+            dtype=resolve_dtype(dtype),
+            device=device,
+            compiled=compiled,
+            folded=compiled,
+            attention=attention,
+        )
         return cls(
             backend,
             checkpoint.transformer,

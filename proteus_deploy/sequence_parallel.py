@@ -43,6 +43,11 @@ def use_sequence_parallel(pipeline: Pipeline, group: ProcessGroup | None = None)
             f"backend {backend.name!r} can't share a sequence: its denoiser is one closed graph; open the "
             "checkpoint with Pipeline.from_checkpoint, or share the rows with use_guidance_parallel"
         )
+    if backend.cuda_graphs:
+        raise BackendError(
+            "a CUDA graph can't span the exchanges of a shared sequence; open the pipeline without "
+            "cuda_graphs"
+        )
     stage: Any = pipeline.stages["denoiser"]
     if getattr(stage, "backend", None) is not backend:
         raise BackendError(
@@ -84,6 +89,8 @@ class _SharedBackend:
                 shared = SequenceParallelDenoiser(self._config, module, self._group)
             compiled = self.name.startswith("compiled")
             self._shared[whole] = _SharedGraph(whole.graph, shared, compiled=compiled)
+        if self._backend.sealed:
+            self._shared[whole].seal()
         return self._shared[whole]
 
     def release(self, graph: str) -> None:

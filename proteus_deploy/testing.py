@@ -115,6 +115,18 @@ TOLERANCES: Mapping[tuple[str, ...], Tolerance] = {
     ("kernel", "float16"): Tolerance(
         2e-3, "relative", "float16 against float64: 5e-4 a rounding, as often as in bfloat16"
     ),
+    ("attention", "int8"): Tolerance(
+        2e-2,
+        "relative",
+        "of standard normal queries and keys the largest in a group is 3.3 to 3.6, a 127th of it the step: "
+        "each score is 1.1e-2 off, and so are the weights; tokens' own 16 bits add as much at most",
+    ),
+    ("attention", "fp8"): Tolerance(
+        7e-2,
+        "relative",
+        "e4m3 has three bits behind the first: standard normal numbers are 2.4e-2 off, a score of two of "
+        "them 3.5e-2; twice that for the few weights that a row may consist of",
+    ),
 }
 
 

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baseline", choices=("published", "none"), default="published", help="what is always measured too"
     )
-    parser.add_argument("--plan", type=Path, metavar="FILE", help="a plan to measure as plan:compiled:bf16")
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="a plan to measure as well")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="of each loop (default: 50)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="loops of each (default: 3)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")

@@ -43,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="e.g. cpu, cuda (default: the backend's own)")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="checkpoint only (default: fp32)")
+    parser.add_argument(
+        "--attention",
+        metavar="NAME",
+        help="checkpoint only: of the denoiser, docs/generate.md (default: torch)",
+    )
     parser.add_argument("--vae-tiling", action="store_true", help="decode in tiles: less memory, more time")
     parser.add_argument(
         "--low-memory", action="store_true", help="hold no more than one part's networks at a time"
@@ -184,6 +189,11 @@ def _open(kind: str, arguments: argparse.Namespace) -> Pipeline:
                 f"--dtype is {arguments.dtype}; a bundle runs in the precision that it was exported in: "
                 "leave the flag out, or export again with it"
             )
+        if arguments.attention is not None:
+            raise InputError(
+                f"--attention is {arguments.attention}; a bundle's graphs have theirs: leave the flag "
+                "out, or generate from the checkpoint"
+            )
         return Pipeline.from_bundle(
             open_bundle(arguments.path),
             backend=backend or _BUNDLE_BACKENDS[0],
@@ -201,6 +211,7 @@ def _open(kind: str, arguments: argparse.Namespace) -> Pipeline:
         device=arguments.device or "cpu",
         dtype=arguments.dtype or "fp32",
         compiled=backend == "compiled",
+        attention=arguments.attention or "torch",
         vae_tiling=arguments.vae_tiling,
         low_memory=arguments.low_memory,
     )

@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=_BACKENDS, help="as for generate")
     parser.add_argument("--device", help="e.g. cpu, cuda (default: the backend's own)")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="checkpoint only (default: fp32)")
+    parser.add_argument("--attention", metavar="NAME", help="checkpoint only, as for generate")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every trial as JSON")
     parser.add_argument("--report", type=Path, metavar="FILE.html", help="also write a page with the front")
 
@@ -99,6 +100,8 @@ def _open(arguments: argparse.Namespace) -> Pipeline:
     if kind_of(path) == "bundle":
         if arguments.dtype is not None:
             raise InputError("--dtype is for checkpoints; a bundle has the precision it was exported in")
+        if arguments.attention is not None:
+            raise InputError("--attention is for checkpoints; a bundle's graphs have their own")
         backend = arguments.backend or "onnxruntime"
         return Pipeline.from_bundle(open_bundle(path), backend=backend, device=arguments.device)
     backend = arguments.backend or "eager"
@@ -109,6 +112,7 @@ def _open(arguments: argparse.Namespace) -> Pipeline:
         device=arguments.device or "cpu",
         dtype=arguments.dtype or "float32",
         compiled=backend == "compiled",
+        attention=arguments.attention or "torch",
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from proteus_deploy.kernels.gated_residual_norm import fused_gated_residual_norm
+from proteus_deploy.kernels.joint_attention import Attention, attention
 from proteus_deploy.kernels.modulated_norm import fused_modulated_norm
 from proteus_deploy.kernels.qk_norm_rotary import fused_qk_norm_rotary
 from proteus_deploy.model.config import BackboneConfig
@@ -18,9 +19,9 @@ from proteus_deploy.model.transformer import Block, JointAttention, Rotary
 class FusedBlock(Block):
     """`Block` for CUDA devices."""
 
-    def __init__(self, config: BackboneConfig) -> None:
-        super().__init__(config)
-        self.attn1 = FusedAttention(config)
+    def __init__(self, config: BackboneConfig, attention: Attention = attention) -> None:
+        super().__init__(config, attention)
+        self.attn1 = FusedAttention(config, attention)
 
     def forward(
         self, text: Tensor, video: Tensor, time: Tensor, rotary: Rotary | None
@@ -59,7 +60,7 @@ class FusedBlock(Block):
 
 
 class FusedAttention(JointAttention):
-    """`JointAttention` with one launch between its projections and the attention."""
+    """`JointAttention` with one launch between its projections and the attention, which may be any."""
 
     def place(self, query: Tensor, key: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         """As `JointAttention.place`; without rotary embedding there is nothing to fuse."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from proteus_deploy.kernels.joint_attention import attention_with
 from proteus_deploy.model.config import LocalFacialConfig, TransformerConfig
 from proteus_deploy.model.fused_block import FusedBlock
 from proteus_deploy.model.identity_attention import IdentityForm
@@ -164,12 +165,13 @@ def fill_computed_buffers(module: nn.Module, device: str | torch.device) -> None
 
 
 def transformer_networks(
-    config: TransformerConfig, *, folded: bool, kernels: Kernels = "reference"
+    config: TransformerConfig, *, folded: bool, kernels: Kernels = "reference", attention: str = "torch"
 ) -> dict[str, nn.Module]:
     """The transformer's stages on the meta device, keyed by stage.
 
     folded: identity attention in its folded form. kernels: "triton" puts the fused kernels into the
-    denoiser, which are always folded.
+    denoiser, which are always folded. attention: over its joint tokens, a name of `attention_with`, with or
+    without those kernels. Raises BackendError where it isn't known or installed.
     """
     form: IdentityForm = "triton" if kernels == "triton" else "folded" if folded else "published"
     block = FusedBlock if kernels == "triton" else Block
@@ -181,7 +183,7 @@ def transformer_networks(
             networks["identity_schedule"] = LocalFacialExtractor(config.schedule)
         else:
             networks["identity_schedule"] = IdentitySchedule(config.schedule)
-        networks["denoiser"] = Denoiser(config, form=form, block=block)
+        networks["denoiser"] = Denoiser(config, form=form, block=block, attention=attention_with(attention))
     return networks
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from proteus_deploy.kernels.joint_attention import attention
+from proteus_deploy.kernels.joint_attention import Attention
 from proteus_deploy.model.config import BackboneConfig, TransformerConfig
 from proteus_deploy.model.fused_block import FusedAttention
 from proteus_deploy.model.networks import fill_computed_buffers
@@ -95,8 +95,8 @@ class TokenShares:
 class SequenceParallelAttention(JointAttention):
     """`JointAttention` on a share of the tokens: the same parameters, a share of the heads."""
 
-    def __init__(self, config: BackboneConfig, shares: TokenShares) -> None:
-        super().__init__(config)
+    def __init__(self, config: BackboneConfig, attention: Attention, shares: TokenShares) -> None:
+        super().__init__(config, attention)
         self.shares = shares
 
     def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
@@ -104,7 +104,7 @@ class SequenceParallelAttention(JointAttention):
         projected = [to(x).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v)]
         query, key, value = self.shares.to_heads(torch.stack(projected))
         query, key = self.place(query, key, rotary)
-        return self.to_out[0](self.shares.to_tokens(attention(query, key, value)))  # type: ignore[no-any-return]
+        return self.to_out[0](self.shares.to_tokens(self.attention(query, key, value)))  # type: ignore[no-any-return]
 
 
 class _FusedSequenceParallelAttention(SequenceParallelAttention, FusedAttention):
@@ -117,13 +117,14 @@ class SequenceParallelDenoiser(Denoiser):
     def __init__(self, config: TransformerConfig, whole: Denoiser, group: ProcessGroup | None) -> None:
         """config: of `whole`. The processes of `group` must divide the heads."""
         form, block = whole.perceiver_cross_attention[0].form, type(whole.transformer_blocks[0])
+        attention: Attention = whole.transformer_blocks[0].attn1.attention  # type: ignore[union-attr, assignment]
         with torch.device("meta"):
-            super().__init__(config, form=form, block=block)  # type: ignore[arg-type]
+            super().__init__(config, form=form, block=block, attention=attention)  # type: ignore[arg-type]
             self.shares = TokenShares(group)
             for own in self.transformer_blocks:
                 fused = isinstance(own.attn1, FusedAttention)
                 attend = _FusedSequenceParallelAttention if fused else SequenceParallelAttention
-                own.attn1 = attend(config.backbone, self.shares)
+                own.attn1 = attend(config.backbone, attention, self.shares)
         self.load_state_dict(whole.state_dict(), assign=True)
         fill_computed_buffers(self, next(whole.parameters()).device)
         self.eval().requires_grad_(False)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from proteus_deploy.kernels.joint_attention import attention, modulated_norm, rotate
+from proteus_deploy.kernels.joint_attention import Attention, attention, modulated_norm, rotate
 from proteus_deploy.model.config import BackboneConfig, TransformerConfig
 from proteus_deploy.model.identity_attention import IdentityAttention, IdentityForm
 from proteus_deploy.model.layers import SinusoidTable, TimestepMLP
@@ -29,9 +29,15 @@ class Denoiser(nn.Module):
     """The `denoiser` stage: one evaluation of the velocity."""
 
     def __init__(
-        self, config: TransformerConfig, *, form: IdentityForm = "published", block: type[Block] | None = None
+        self,
+        config: TransformerConfig,
+        *,
+        form: IdentityForm = "published",
+        block: type[Block] | None = None,
+        attention: Attention = attention,
     ) -> None:
-        """form: of identity attention. block: `Block`, or one with its parameters and another forward."""
+        """form: of identity attention. block: `Block`, or one with its parameters and another forward.
+        attention: over the joint tokens, as `attention_with` gives it."""
         super().__init__()
         backbone, identity = config.backbone, config.identity_attention
         self.config = backbone
@@ -46,7 +52,7 @@ class Denoiser(nn.Module):
             self.ofs_table = table(backbone.ofs_embed_dim)
             self.ofs_embedding = TimestepMLP(backbone.ofs_embed_dim, backbone.ofs_embed_dim)
         self.transformer_blocks = nn.ModuleList(
-            (block or Block)(backbone) for _ in range(backbone.num_layers)
+            (block or Block)(backbone, attention) for _ in range(backbone.num_layers)
         )
         sites = -(
             -backbone.num_layers // identity.interval
@@ -120,10 +126,10 @@ class Denoiser(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: BackboneConfig) -> None:
+    def __init__(self, config: BackboneConfig, attention: Attention = attention) -> None:
         super().__init__()
         self.norm1 = ExpertModulation(config)
-        self.attn1 = JointAttention(config)
+        self.attn1 = JointAttention(config, attention)
         self.norm2 = ExpertModulation(config)
         self.ff = _FeedForward(config.width)
 
@@ -176,8 +182,10 @@ class ExpertModulation(nn.Module):
 
 
 class JointAttention(nn.Module):
-    def __init__(self, config: BackboneConfig) -> None:
+    def __init__(self, config: BackboneConfig, attention: Attention = attention) -> None:
+        """attention: query, key, value [B, H, S, D] -> [B, H, S, D]."""
         super().__init__()
+        self.attention = attention
         width, bias = config.width, config.attention_bias
         self.heads = config.num_attention_heads
         self.to_q = nn.Linear(width, width, bias=bias)
@@ -192,7 +200,7 @@ class JointAttention(nn.Module):
             to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v)
         )
         query, key = self.place(query, key, rotary)
-        return self.to_out[0](attention(query, key, value).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return self.to_out[0](self.attention(query, key, value).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def place(self, query: Tensor, key: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         """Norm queries and keys [B, H, S, D] and turn them to their positions."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from proteus_deploy.errors import BackendError
+from proteus_deploy.kernels.joint_attention import check_attention_runs_on
 from proteus_deploy.kernels.launch import check_kernels_run_on
 from proteus_deploy.model.networks import Kernels
 from proteus_deploy.network_factory import NetworkFactory
@@ -45,31 +46,36 @@ class EagerBackend:
         cuda_graphs: bool = False,
         folded: bool = False,
         kernels: Kernels = "reference",
+        attention: str = "torch",
         table: StageTable | None = None,
         weights_of: EagerBackend | None = None,
     ) -> None:
         """folded: identity attention in its folded form. kernels: "triton" runs the denoiser on the fused
-        kernels, which need a CUDA device (or Triton's interpreter). table: the contracts to hold to; None
+        kernels, which need a CUDA device (or Triton's interpreter). attention: the denoiser's, by a name of
+        `kernels.joint_attention.attention_with`, with any `kernels`. table: the contracts to hold to; None
         makes one for any batch. weights_of: a backend on the same checkpoint, device and dtype whose weights
         are shared: two forms of a network take the memory of one. cuda_graphs: with `compiled` on a CUDA
         device, replay each size's launches as one CUDA graph.
 
-        Raises BackendError when the device isn't here, or kernels or graphs can't run on it. Weights are read
-        on first use of each network."""
+        Raises BackendError when the device isn't here, or kernels, attention or graphs can't run on it.
+        Weights are read on first use of each network."""
         self.name = ("compiled" if compiled else "eager") + ("-triton" if kernels == "triton" else "")
         self.device = _resolve_device(device)
         if kernels == "triton":
             check_kernels_run_on(self.device)
+        if attention != "torch":
+            check_attention_runs_on(attention, self.device, dtype)
+            self.name += f"-attention-{attention}"
         self.dtype = dtype
         self.table = table or build_stage_table(checkpoint, ExportRanges(max_videos=_UNLIMITED_VIDEOS))
-        self._factory = NetworkFactory(checkpoint, folded=folded, kernels=kernels)
+        self._factory = NetworkFactory(checkpoint, folded=folded, kernels=kernels, attention=attention)
         if cuda_graphs and not (compiled and self.device.type == "cuda"):
             raise BackendError(
                 f"cuda_graphs replays what was compiled for a CUDA device; here compiled is {compiled} "
                 f"and the device {self.device}: leave it out, or pass compiled=True and device='cuda'"
             )
-        self._compiled, self._cuda_graphs = compiled, cuda_graphs
-        self._sealed = False
+        self._compiled, self.cuda_graphs = compiled, cuda_graphs
+        self.sealed = False
         self._weights_of = weights_of
         if weights_of is not None and (weights_of.device, weights_of.dtype) != (self.device, dtype):
             raise BackendError(
@@ -88,8 +94,8 @@ class EagerBackend:
                     module = network.materialise(self.dtype, self.device)
                 else:
                     module = network.share(self._weights_of.runner(graph).module)
-            runner = EagerGraph(contract, module, compiled=self._compiled, cuda_graphs=self._cuda_graphs)
-            if self._sealed:
+            runner = EagerGraph(contract, module, compiled=self._compiled, cuda_graphs=self.cuda_graphs)
+            if self.sealed:
                 runner.seal()
             self._runners[graph] = runner
         return self._runners[graph]
@@ -99,7 +105,7 @@ class EagerBackend:
         compiler. Raises BackendError on a backend that isn't compiled."""
         if not self._compiled:
             raise BackendError(f"seal is for compiled backends; {self.name} runs any size as it comes")
-        self._sealed = True
+        self.sealed = True
         for runner in self._runners.values():
             runner.seal()
 

@@ -150,6 +150,7 @@ def test_word_that_is_no_choice_is_refused(
     ("more", "message"),
     [
         (["--dtype", "fp16"], "a bundle runs in the precision"),
+        (["--attention", "cpu-bf16"], "a bundle's graphs have theirs"),
         (["--backend", "eager"], "backend 'eager' runs a checkpoint"),
         (["--height", "960"], "this bundle was exported for 32 to 96"),
     ],

@@ -28,9 +28,12 @@ KERNELS = {
     "identity_attention_hidden_gradient_kernel",
     "identity_attention_score_gradient_kernel",
     "identity_attention_small_gradient_kernel",
+    "joint_attention_kernel",
     "modulated_norm_kernel",
     "qk_norm_rotary_kernel",
+    "quantise_pair_kernel",
 }
+NO_FP8 = {80}  # targets without products of e4m3
 
 
 def test_each_kernel_has_a_space_with_a_point_for_every_target() -> None:
@@ -38,8 +41,13 @@ def test_each_kernel_has_a_space_with_a_point_for_every_target() -> None:
     assert {launch.kernel.__name__ for launch in launches} == KERNELS
     for launch in launches:
         assert len(set(launch.space)) == len(launch.space) >= 2
+        fp8 = any(
+            isinstance(value, torch.Tensor) and value.dtype == torch.float8_e4m3fn
+            for value in launch.arguments.values()
+        )
         for target in TARGETS:
-            assert any(config.fits(target) for config in launch.space), (launch.kernel.__name__, target)
+            fits = any(config.fits(target) for config in launch.space)
+            assert fits == (not fp8 or target not in NO_FP8), (launch.kernel.__name__, target)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled and not interpreted here")
@@ -81,6 +89,17 @@ def test_the_committed_report_covers_every_kernel_and_target_without_a_spill(rep
     rows = report["rows"]
     defaults = {(row["kernel"], row["target"]) for row in rows if row["default"]}
     assert defaults == {(kernel, f"sm_{target}") for kernel in KERNELS for target in TARGETS}
+    attention = {
+        (row["dtype"], row["target"])
+        for row in rows
+        if row["kernel"] == "joint_attention_kernel" and row["default"]
+    }
+    assert attention == {
+        (dtype, f"sm_{target}")
+        for dtype in ("bfloat16", "int8 and bfloat16", "float8_e4m3fn and bfloat16")
+        for target in TARGETS
+        if not dtype.startswith("float8") or target not in NO_FP8
+    }
     for row in rows:
         assert (row["status"], row["local_bytes"]) == ("ok", 0), row
         assert row["shared_bytes"] <= SHARED_LIMIT_KIB[int(row["target"].removeprefix("sm_"))] * 1024, row

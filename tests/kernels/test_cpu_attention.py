@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from proteus_deploy.errors import BackendError, InputError
-from proteus_deploy.kernels.joint_attention import cpu
+from proteus_deploy.kernels.joint_attention import check_attention_runs_on, cpu
 from proteus_deploy.testing import relative_error
 
 RUNS = torch.cpu._is_avx512_bf16_supported() and shutil.which("g++") is not None
@@ -157,3 +157,32 @@ def test_the_library_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(cpu, "_compile", lambda *_: pytest.fail("compiled again"))
     cpu._library.__wrapped__()
     assert kept.stat().st_mtime_ns == written
+
+
+@runs_here
+def test_the_denoiser_on_it(parity: Path) -> None:
+    from proteus_deploy.checkpoint import Checkpoint
+    from proteus_deploy.runtime.eager import EagerBackend
+    from proteus_deploy.stages import sample_inputs
+
+    checkpoint = Checkpoint.open(parity / "checkpoint")
+    plain = EagerBackend(checkpoint, dtype=torch.bfloat16)
+    ours = EagerBackend(checkpoint, dtype=torch.bfloat16, attention="cpu-bf16", weights_of=plain)
+    assert ours.name == "eager-attention-cpu-bf16"
+    exact_backend = EagerBackend(checkpoint)
+    graph = plain.table.graph("denoiser")
+    inputs = sample_inputs(graph, plain.table.sizes("opt") | {"B": 2})
+    low = {
+        spec.name: inputs[spec.name].bfloat16() if spec.dtype == "float" else inputs[spec.name]
+        for spec in graph.inputs
+    }
+    want = exact_backend.runner("denoiser")(**inputs)["velocity"]
+    got, own = (backend.runner("denoiser")(**low)["velocity"] for backend in (ours, plain))
+    assert not torch.equal(got, own)  # another kernel did run
+    assert relative_error(got, want) <= 1.2 * relative_error(own, want) + 2**-12
+
+
+@pytest.mark.parametrize(("dtype", "device"), [(torch.float32, "cpu"), (torch.bfloat16, "cuda")])
+def test_the_choice_is_refused_elsewhere(dtype: torch.dtype, device: str) -> None:
+    with pytest.raises(BackendError, match="'cpu-bf16' runs on the CPU in bfloat16"):
+        check_attention_runs_on("cpu-bf16", torch.device(device), dtype)

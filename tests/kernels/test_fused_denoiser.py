@@ -11,10 +11,11 @@ from proteus_deploy.checkpoint import Checkpoint
 from proteus_deploy.errors import BackendError
 from proteus_deploy.kernels import launch
 from proteus_deploy.model.fused_block import FusedBlock
+from proteus_deploy.model.networks import Kernels
 from proteus_deploy.network_factory import NetworkFactory
 from proteus_deploy.runtime.eager import EagerBackend
 from proteus_deploy.stages import sample_inputs
-from proteus_deploy.testing import Tolerance, assert_close
+from proteus_deploy.testing import TOLERANCES, Tolerance, assert_close
 
 SAME = Tolerance(1e-5, "relative", "float32 rounding: sums in another order, identity attention folded")
 
@@ -69,3 +70,30 @@ def test_without_gpu_or_interpreter_they_are_refused(
     monkeypatch.setattr(launch, "_is_interpreted", lambda _: False)
     with pytest.raises(BackendError, match=r"the device is cpu; take kernels='reference'"):
         EagerBackend(checkpoint, kernels="triton")
+
+
+@pytest.mark.parametrize(
+    ("kernels", "attention"),
+    [("reference", "triton"), ("reference", "triton-int8"), ("triton", "triton-int8")],
+)
+def test_attention_is_chosen_with_or_without_the_other_kernels(
+    checkpoint: Checkpoint, device: torch.device, kernels: Kernels, attention: str
+) -> None:
+    plain = EagerBackend(checkpoint, device=str(device))
+    chosen = EagerBackend(checkpoint, device=str(device), kernels=kernels, attention=attention)
+    assert chosen.name == ("eager-triton" if kernels == "triton" else "eager") + f"-attention-{attention}"
+    graph = plain.table.graph("denoiser")
+    inputs = sample_inputs(graph, plain.table.sizes("min"))
+    moved = {name: value.to(device) for name, value in inputs.items()}
+    want, got = (one.runner("denoiser")(**moved)["velocity"] for one in (plain, chosen))
+    bound = SAME if attention == "triton" else TOLERANCES["attention", "int8"]
+    error = assert_close("velocity", got, want, bound)
+    # The residual stream damps what attention's 8 bits add, but it can't vanish in float32's rounding.
+    assert attention == "triton" or error > SAME.bound
+
+
+def test_an_attention_that_cannot_run_is_refused_before_any_weight(checkpoint: Checkpoint) -> None:
+    with pytest.raises(BackendError, match="attention 'flash' is unknown; there are torch, triton"):
+        EagerBackend(checkpoint, attention="flash")
+    with pytest.raises(BackendError, match="'sage' runs on CUDA devices, and the device is cpu"):
+        EagerBackend(checkpoint, attention="sage", dtype=torch.bfloat16)
