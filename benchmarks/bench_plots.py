@@ -9,7 +9,7 @@ from typing import Any
 from proteus_deploy.benchmarks.canvas import CHARACTER, COLOURS, Canvas
 from proteus_deploy.benchmarks.whole_request import STAGES
 
-__all__ = ["curve_plot", "plots", "speed_plot", "step_plot", "waterfall_plot"]
+__all__ = ["curve_plot", "plots", "quality_plot", "speed_plot", "step_plot", "waterfall_plot"]
 
 _WIDTH, _RIGHT = 760, 70
 _TOP, _ROW, _BOTTOM = 34, 28, 44
@@ -31,6 +31,8 @@ def plots(document: Mapping[str, Any]) -> dict[str, Canvas]:
     whole = [row for row in ok if "stages_ms" in row]
     if whole:
         found["waterfall"] = waterfall_plot(whole)
+    if near := [row for row in whole if row.get("psnr_db") is not None]:
+        found["speed_quality"] = quality_plot(near)
     return found
 
 
@@ -98,6 +100,35 @@ def waterfall_plot(rows: Sequence[Row]) -> Canvas:
         canvas.bar(x, _TOP - 4, 10, 10, series)
         canvas.text(x + 14, _TOP + 5, name.replace("_", " "))
         x += 30 + CHARACTER * len(name)
+    return canvas
+
+
+def quality_plot(rows: Sequence[Row]) -> Canvas:
+    """How near each candidate's video is to the published form's, over the seconds of its request."""
+    points = [(row["request_ms"]["median"] / 1e3, float(row["psnr_db"])) for row in rows]
+    described = "PSNR in dB over seconds of a request: " + "; ".join(
+        f"{row['case']}: {_number(y)} at {_number(x)}" for row, (x, y) in zip(rows, points, strict=True)
+    )
+    title = "PSNR to the published form's video (100: equal) over the time of a request"
+    canvas = Canvas(title, described, _WIDTH, _PLANE + 18 * len(rows))
+    step_x, step_y = _step(max(x for x, _ in points) / (_TICKS - 1)), 20.0
+    most = step_x * math.ceil(max(x for x, _ in points) / step_x - 1e-9)
+    bottom, right = _PLANE - _BOTTOM, _WIDTH - _RIGHT
+
+    def up(value: float) -> float:
+        return bottom - value / 100 * (bottom - _TOP)
+
+    for index in range(round(100 / step_y) + 1):
+        canvas.line(((_ROOM, up(index * step_y)), (right, up(index * step_y))), "grid")
+        canvas.text(_ROOM - 6, up(index * step_y) + 4, f"{index * step_y:.0f} dB", "end")
+    for index in range(round(most / step_x) + 1):
+        x = _ROOM + index * step_x / most * (right - _ROOM)
+        canvas.text(x, bottom + 17, _number(index * step_x), "middle")
+    canvas.text((_ROOM + right) / 2, bottom + 36, "seconds of a request", "middle")
+    for series, (row, (x, y)) in enumerate(zip(rows, points, strict=True)):
+        canvas.marker(_ROOM + x / most * (right - _ROOM), up(max(y, 0.0)), series, row["case"])
+        canvas.marker(_ROOM, _PLANE + 18 * series, series)
+        canvas.text(_ROOM + 12, _PLANE + 18 * series + 4, row["case"])
     return canvas
 
 

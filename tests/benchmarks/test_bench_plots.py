@@ -11,7 +11,13 @@ import pytest
 from PIL import Image
 
 from proteus_deploy.benchmarks.bench_page import page, write_plots
-from proteus_deploy.benchmarks.bench_plots import curve_plot, plots, step_plot, waterfall_plot
+from proteus_deploy.benchmarks.bench_plots import (
+    curve_plot,
+    plots,
+    quality_plot,
+    step_plot,
+    waterfall_plot,
+)
 from proteus_deploy.benchmarks.canvas import COLOURS, Canvas
 from proteus_deploy.benchmarks.whole_request import STAGES
 
@@ -67,6 +73,24 @@ def test_twice_the_time_for_twice_the_size_is_a_straight_line() -> None:
     assert (x1 - x0, y0 - y1) == pytest.approx((x2 - x1, y1 - y2), abs=0.2)
     assert x1 > x0
     assert y1 < y0
+
+
+def test_videos_by_speed_and_nearness() -> None:
+    """Twice the time stands twice as far to the right of the axis, and more dB higher up."""
+    rows = [
+        row("a:b:c", 1.0, request_ms=spread(2000.0), psnr_db=100.0),
+        row("d:e:f", 1.0, request_ms=spread(4000.0), psnr_db=100.0),
+        row("g:h:i", 1.0, request_ms=spread(4000.0), psnr_db=30.0),
+    ]
+    canvas = quality_plot(rows)
+    found = ET.fromstring(canvas.svg())  # noqa: S314 - our own
+    disc, legend = found.findall(f"{SVG}circle")
+    square = next(path for path in found.findall(f"{SVG}path") if path.get("fill") == COLOURS[1])
+    axis, x = float(legend.get("cx", 0)), float(disc.get("cx", 0))
+    corner = [float(number) for number in square.get("d", "")[1:].split("L")[0].split()]
+    assert corner[0] + 3.5 - axis == pytest.approx(2 * (x - axis), abs=0.2)
+    assert corner[1] + 3.5 == pytest.approx(float(disc.get("cy", 0)), abs=0.2)
+    assert "g:h:i: 30 at 4" in canvas.described
 
 
 def test_a_curve_of_one_point_is_drawn() -> None:
