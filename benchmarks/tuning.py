@@ -37,10 +37,11 @@ DEFAULT_BUDGET = Budget(
     ),
     name="30 dB, 0.01 of likeness, 5 % of motion",
 )
-_THRESHOLDS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
-_EVERY = (2, 3, 4, 6)
-_LOWEST = (100, 200, 300, 400, 500)
-_COMBINED = 3  # boldest settings of each policy that are tried together
+_THRESHOLDS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 0.8, 1.0, 1.28)
+_EVERY = (2, 3, 4, 6, 10)
+_LOWEST = (100, 200, 300, 400, 500, 600, 700, 800, 900)
+_COMBINED = 3  # boldest step caches that are tried together with
+_COMBINED_GUIDANCE = 2  # the boldest of each way to leave guidance out
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,7 @@ def search_plan(
         )
         raise InputError(f"{budget.name}: the exact videos break it ({failed}); choose wider bounds")
     trials = [exact]
-    passed: dict[str, list[Trial]] = {"step_cache": [], "guidance": []}
+    passed: dict[str, list[Trial]] = {"step_cache": [], "guidance_reuse": [], "guidance_interval": []}
     guided = cases[0].request.guided
     for policy, sweep in _sweeps(bench.ratios, guided=guided):
         for name, plan in sweep:
@@ -91,8 +92,9 @@ def search_plan(
             if not trial.gate.passed:
                 break  # a bolder one only strays further
             passed[policy].append(trial)
-    boldest = [sorted(found, key=lambda one: one.work)[:_COMBINED] for found in passed.values()]
-    for cache, guidance in itertools.product(*boldest):
+    caches, *guidances = (sorted(found, key=lambda one: one.work) for found in passed.values())
+    guidance_trials = [trial for found in guidances for trial in found[:_COMBINED_GUIDANCE]]
+    for cache, guidance in itertools.product(caches[:_COMBINED], guidance_trials):
         plan = replace(guidance.plan, step_cache=cache.plan.step_cache)
         trials.append(bench.trial(f"{cache.name}, {guidance.name}", plan))
     good = [trial for trial in trials if trial.gate.passed]
@@ -123,11 +125,11 @@ def _sweeps(
         yield "step_cache", _mag_caches(reuse, ratios[reuse])
     if guided:
         yield (
-            "guidance",
+            "guidance_reuse",
             ((f"guidance every {n}", Plan(guidance_reuse=GuidanceReuse(every=n))) for n in _EVERY),
         )
         yield (
-            "guidance",
+            "guidance_interval",
             (
                 (f"guidance from {low}", Plan(guidance_interval=GuidanceInterval(lowest=low)))
                 for low in _LOWEST
