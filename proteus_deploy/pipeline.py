@@ -118,7 +118,7 @@ class Pipeline:
         folder: str | Path,
         *,
         device: str | torch.device = "cpu",
-        dtype: str | torch.dtype = "float32",
+        dtype: str | torch.dtype | None = None,
         compiled: bool = False,
         attention: str = "torch",
         vae_tiling: bool | Tiling = False,
@@ -127,17 +127,19 @@ class Pipeline:
     ) -> Pipeline:
         """The PyTorch reference on a checkpoint folder. Weights are read on first use of each stage.
 
+        dtype: None for float32, or bfloat16 where a compiled pipeline runs on a CPU with AMX.
         compiled: through torch.compile, identity attention in its folded form. attention: of the denoiser, a
         name of `kernels.joint_attention.attention_with`. low_memory: see `Pipeline`.
         cache: keeps results of text and identity stages across requests; its first use hashes the folder.
         Raises CheckpointError, BackendError or InputError.
         """
-        from proteus_deploy.runtime.eager import EagerBackend
+        from proteus_deploy.runtime.eager import EagerBackend, default_dtype
 
         checkpoint = Checkpoint.open(folder)
+        precision = default_dtype(device, compiled=compiled) if dtype is None else resolve_dtype(dtype)
         backend = EagerBackend(
             checkpoint,
-            dtype=resolve_dtype(dtype),
+            dtype=precision,
             device=device,
             compiled=compiled,
             folded=compiled,

@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: onnxruntime for a bundle, eager for a checkpoint",
     )
     parser.add_argument("--device", help="e.g. cpu, cuda (default: the backend's own)")
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="checkpoint only (default: fp32)")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "fp16", "bf16"), help="checkpoint only (default: docs/generate.md)"
+    )
     parser.add_argument(
         "--attention",
         metavar="NAME",
@@ -209,7 +211,7 @@ def _open(kind: str, arguments: argparse.Namespace) -> Pipeline:
     return Pipeline.from_checkpoint(
         arguments.path,
         device=arguments.device or "cpu",
-        dtype=arguments.dtype or "fp32",
+        dtype=arguments.dtype,
         compiled=backend == "compiled",
         attention=arguments.attention or "torch",
         vae_tiling=arguments.vae_tiling,

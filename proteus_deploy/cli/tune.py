@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--people", type=int, default=4, metavar="N", help="drawn people (default: 4)")
     parser.add_argument("--backend", choices=_BACKENDS, help="as for generate")
     parser.add_argument("--device", help="e.g. cpu, cuda (default: the backend's own)")
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="checkpoint only (default: fp32)")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="checkpoint only, as for generate")
     parser.add_argument("--attention", metavar="NAME", help="checkpoint only, as for generate")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every trial as JSON")
     parser.add_argument("--report", type=Path, metavar="FILE.html", help="also write a page with the front")
@@ -110,7 +110,7 @@ def _open(arguments: argparse.Namespace) -> Pipeline:
     return Pipeline.from_checkpoint(
         path,
         device=arguments.device or "cpu",
-        dtype=arguments.dtype or "float32",
+        dtype=arguments.dtype,
         compiled=backend == "compiled",
         attention=arguments.attention or "torch",
     )

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from proteus_deploy import BackendError, InputError
+from proteus_deploy import BackendError, InputError, Pipeline
 from proteus_deploy.checkpoint import Checkpoint
-from proteus_deploy.runtime.eager import EagerBackend
+from proteus_deploy.runtime.eager import EagerBackend, default_dtype
 from proteus_deploy.stages import sample_inputs
 from proteus_deploy.testing import TOLERANCES, assert_close
 
@@ -74,6 +74,31 @@ def test_device_that_is_not_here(checkpoint: Checkpoint, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendError, match="PyTorch sees no CUDA device; use device='cpu'"):
         EagerBackend(checkpoint, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("amx", "compiled", "device", "dtype"),
+    [
+        (True, True, "cpu", torch.bfloat16),
+        (True, False, "cpu", torch.float32),
+        (True, True, "cuda", torch.float32),
+        (False, True, "cpu", torch.float32),
+    ],
+)
+def test_default_precision(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, compiled: bool, device: str, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert default_dtype(device, compiled=compiled) == dtype
+
+
+def test_a_pipeline_takes_the_default_unless_it_is_told(
+    parity: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    for given, expected in ((None, torch.bfloat16), ("fp32", torch.float32)):
+        with Pipeline.from_checkpoint(parity / "checkpoint", dtype=given, compiled=True) as pipeline:
+            assert pipeline.backend.dtype == expected
 
 
 @pytest.mark.slow
