@@ -43,6 +43,7 @@ _REQUEST = "one whole request, from photo and prompt to decoded frames"
 class BenchSettings:
     """size: name of the model, for the document. steps: of each loop. rounds: loops of each candidate.
 
+    guidance_scale: of loops and requests, above 1: both prompts are computed where no plan says otherwise.
     memory: also run each candidate in a process of its own, for its peak memory and its cold start.
     video: None for the size that the checkpoint was made for. videos: of one person, made at once.
     deadline: None, or by when to be done; what doesn't fit is left out, and its row says so.
@@ -54,6 +55,7 @@ class BenchSettings:
     rounds: int = 3
     device: str = "cpu"
     plan: Plan | None = None
+    guidance_scale: float = 6.0
     memory: bool = True
     video: VideoSize | None = None
     videos: int = 1
@@ -158,6 +160,7 @@ def _about(settings: BenchSettings, subject: Subject) -> dict[str, Any]:
             "video": asdict(settings.video or VideoSize.of(subject.transformer)),
             "videos": settings.videos,
             "weights": subject.weights,
+            "guidance_scale": settings.guidance_scale,
             "plan": None if settings.plan is None else settings.plan.to_json(),
         },
     }

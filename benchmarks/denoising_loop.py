@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LoopInputs", "VideoSize", "run_loop"]
 
-_GUIDANCE = 6.0
-
 
 @dataclass(frozen=True)
 class VideoSize:
@@ -111,6 +109,7 @@ def run_loop(
     *,
     steps: int,
     plan: Plan | None = None,
+    guidance_scale: float = 6.0,
     published: bool = False,
     on_step: Callable[[StepResult], None] | None = None,
 ) -> Tensor:
@@ -127,7 +126,7 @@ def run_loop(
     latents = (inputs.noise * stepper.init_noise_sigma).to(backend.device, backend.dtype)
     with torch.inference_mode():
         for done in denoising_steps(
-            stages["denoiser"], condition, stepper, policy, latents, lambda *_: _GUIDANCE
+            stages["denoiser"], condition, stepper, policy, latents, lambda *_: guidance_scale
         ):
             latents = done.latents
             if not done.finite:

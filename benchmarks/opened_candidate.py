@@ -71,6 +71,7 @@ class OpenedCandidate:
                 self.inputs,
                 steps=steps,
                 plan=self.settings.plan if self.candidate.form == "plan" else None,
+                guidance_scale=self.settings.guidance_scale,
                 published=self.candidate.form == "published",
                 on_step=note,
             )

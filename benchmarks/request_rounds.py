@@ -41,6 +41,7 @@ def time_requests(
             pipeline = open_pipeline(one)
             if request is None:
                 request, source = usual_request(pipeline, one.settings.steps)
+                request = replace(request, guidance_scale=one.settings.guidance_scale)
             timed[name] = _warmed_up(one, TimedRequests.of(one, pipeline, request))
         except Exception as error:  # noqa: BLE001 - compilers raise anything; the row says it
             rows[name]["request_reason"] = words(error)

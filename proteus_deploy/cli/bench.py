@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--plan", type=Path, metavar="FILE", help="a plan to measure as well")
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="of each loop (default: 50)")
+    parser.add_argument(
+        "--guidance-scale", type=float, metavar="W", help="(default: 6; for the tiny model its own)"
+    )
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="loops of each (default: 3)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument(
@@ -155,6 +158,7 @@ def _settings(arguments: argparse.Namespace) -> BenchSettings:
     plan = None if arguments.plan is None else read_plan(arguments.plan)
     if plan is not None:
         plan.check(steps=arguments.steps, guided=True)
+    guidance_scale = _guidance_scale(arguments)
     own = arguments.bundle or arguments.checkpoint
     return BenchSettings(
         size=arguments.size or ("tiny" if own is None else own.resolve().name),
@@ -162,9 +166,22 @@ def _settings(arguments: argparse.Namespace) -> BenchSettings:
         rounds=arguments.rounds,
         device=arguments.device,
         plan=plan,
+        guidance_scale=guidance_scale,
         memory=not arguments.no_memory,
         end_to_end=arguments.end_to_end,
     )
+
+
+def _guidance_scale(arguments: argparse.Namespace) -> float:
+    from proteus_deploy.tiny.trained import GUIDANCE_SCALE
+
+    tiny = arguments.size in (None, "tiny") and arguments.bundle is None and arguments.checkpoint is None
+    scale: float | None = arguments.guidance_scale
+    if scale is None:
+        return GUIDANCE_SCALE if tiny else 6.0
+    if not 1 < scale < float("inf"):
+        raise InputError(f"--guidance-scale is {scale:g}; loops are timed under guidance: choose more than 1")
+    return scale
 
 
 def _subject(arguments: argparse.Namespace, work: Path) -> tuple[Checkpoint | None, Bundle | None]:

@@ -124,6 +124,7 @@ def test_a_candidate_that_fails_keeps_its_row(
         (["--candidate", "fast:eager:fp32"], "form is 'fast'; choose from published, exact, plan"),
         (["--candidate", "exact:cudnn:fp32"], "backend is 'cudnn'; choose from eager"),
         (["--candidate", "exact:eager:int8"], "precision is 'int8'; choose from fp32"),
+        (["--guidance-scale", "1"], "loops are timed under guidance"),
         (["--candidate", "published:compiled:bf16"], "the published form runs in eager PyTorch"),
         (["--candidate", "plan:eager:fp32"], "there is no plan; add --plan FILE"),
         (["--steps", "0"], "--steps is 0; choose at least 1"),
