@@ -155,3 +155,34 @@ def test_plan_on_people_that_the_search_has_not_seen(tmp_path: Path) -> None:
     assert document["exact"]["work"] == 1
     assert document["planned"]["work"] < 1
     assert document["planned"]["means"]["psnr"] < document["exact"]["means"]["psnr"]
+
+
+def test_the_front_is_drawn(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from proteus_deploy.benchmarks import front_plot
+
+    def trial(name: str, work: float, psnr: float) -> dict[str, Any]:
+        return {"name": name, "work": work, "means": {"psnr": psnr}}
+
+    document = {
+        "chosen": "bold",
+        "front": ["bold", "careful", "exact"],
+        "settings": {"bounds": ["psnr mean ≥ 30", "motion_background mean drop ≤ 5 %"]},
+        "trials": [
+            trial("exact", 1.0, 100.0),
+            trial("bold", 0.3, 31.0),
+            trial("worse", 0.5, 28.0),
+            trial("careful", 0.6, 41.0),
+        ],
+    }
+    canvas = front_plot.front_plot(document)
+    svg = canvas.svg()
+    assert canvas.described == "PSNR in dB over the share of rows: bold 31.0 at 0.30; careful 41.0 at 0.60"
+    assert all(words in svg for words in ("chosen: bold", "25 dB", "45 dB", "stroke-dasharray"))
+    assert "exact<" not in svg
+    source, picture = tmp_path / "tune.json", tmp_path / "front.png"
+    source.write_text(json.dumps(document))
+    assert front_plot.main([str(source), "--output", str(picture)]) == 0
+    with Image.open(picture) as image:
+        assert image.size == (1520, 860)
