@@ -32,6 +32,6 @@ def test_ratio_is_taken_within_each_round() -> None:
 
     from proteus_deploy.benchmarks.openvino_settings import BASELINE, row_of
 
-    seconds = {BASELINE: [1.0, 4.0, 8.0], "fixed sizes": [0.5, 2.0, 16.0]}
-    found = row_of("fixed sizes", seconds, 0.1, torch.ones(2), torch.ones(2))
+    busy = {BASELINE: [1.0, 4.0, 8.0], "fixed sizes": [0.5, 2.0, 16.0]}
+    found = row_of("fixed sizes", [1.0, 2.0, 3.0], busy, 0.1, torch.ones(2), torch.ones(2))
     assert (found["ratio"], found["ratios"], found["error"]) == (0.5, [0.5, 2.0], 0.0)
