@@ -14,12 +14,16 @@ from proteus_deploy.errors import BackendError, BundleError, InputError
 
 @dataclass(frozen=True)
 class EngineSource:
-    """An ONNX file, its external data files (sorted), their total size and the number of nodes."""
+    """An ONNX file, its external data files (sorted), their total size and the number of nodes.
+
+    custom_operators: those that are not ONNX's own, as domain::name.
+    """
 
     onnx_file: Path
     external: tuple[Path, ...]
     weight_bytes: int
     nodes: int
+    custom_operators: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, onnx_file: Path) -> EngineSource:
@@ -43,7 +47,8 @@ class EngineSource:
         names = sorted({name for tensor in _tensors(model.graph) if (name := _location(tensor)) is not None})
         external = tuple(_external_file(onnx_file, name) for name in names)
         size = sum(file.stat().st_size for file in (onnx_file, *external))
-        return cls(onnx_file, external, size, len(model.graph.node))
+        custom = {f"{node.domain}::{node.op_type}" for node in model.graph.node if node.domain}
+        return cls(onnx_file, external, size, len(model.graph.node), tuple(sorted(custom)))
 
     def digest(self) -> str:
         """sha256 over the model and all of its external data."""

@@ -13,6 +13,7 @@ from proteus_deploy._files import atomic_directory, write_json
 from proteus_deploy.bundle import Bundle, is_bundle, write_manifest
 from proteus_deploy.checkpoint import Checkpoint
 from proteus_deploy.errors import CheckpointError, InputError
+from proteus_deploy.export.identity_onnx import fuse_identity_attention, identity_translations
 from proteus_deploy.export.onnx_graph import export_graph, require_onnx
 from proteus_deploy.export.reference import (
     ReferenceScope,
@@ -51,6 +52,7 @@ def export_bundle(
     ranges: ExportRanges | None = None,
     reference: ReferenceScope | Literal["auto"] = "auto",
     overwrite: bool = False,
+    identity_plugin: bool = False,
     report: Report = no_report,
 ) -> Bundle:
     """Write a bundle to `destination`, in one rename: it is there whole or not at all.
@@ -58,6 +60,7 @@ def export_bundle(
     dtype: fp32, fp16 or bf16, of weights and activations.
     reference: what the PyTorch reference records into the bundle for `verify`; "auto" takes "video" for
     small checkpoints and "none" for large ones, and reports which.
+    identity_plugin: the denoiser's identity attention as one node, which TensorRT's plugin alone runs.
     report(phase, done, total) is called as the work goes on.
     Raises CheckpointError, InputError or BackendError.
     """
@@ -71,11 +74,14 @@ def export_bundle(
     if checkpoint.random_weights_seed is None:
         _try_tokenizer(checkpoint)
     with atomic_directory(destination, replace=overwrite) as folder:
-        graphs = _export_graphs(checkpoint, table, precision, folder / "onnx", report)
+        graphs = _export_graphs(
+            checkpoint, table, precision, folder / "onnx", report, identity_plugin=identity_plugin
+        )
         _copy_configs(checkpoint, folder)
         if scope != "none":
             _record(checkpoint, table, folder / "reference", scope, report)
-        parity = _parity(folder, table, precision, scope, report)
+        custom = sorted(name for name, record in graphs.items() if "custom_operators" in record)
+        parity = _parity(folder, table, precision, scope, report, custom=custom)
         report("hash the checkpoint and the bundle", 0, 1)
         write_manifest(
             folder,
@@ -141,19 +147,27 @@ def _try_tokenizer(checkpoint: Checkpoint) -> None:
 
 
 def _export_graphs(
-    checkpoint: Checkpoint, table: StageTable, dtype: torch.dtype, folder: Path, say: Report
+    checkpoint: Checkpoint,
+    table: StageTable,
+    dtype: torch.dtype,
+    folder: Path,
+    say: Report,
+    *,
+    identity_plugin: bool,
 ) -> dict[str, Any]:
     folder.mkdir()
     factory = NetworkFactory(checkpoint, folded=True)
     records = {}
     for index, graph in enumerate(table.graphs):
         say("export", index, len(table.graphs))
+        network, fused = factory(graph.name), identity_plugin and graph.name == "denoiser"
         exported = export_graph(
             graph,
             table,
-            factory(graph.name),
+            fuse_identity_attention(network) if fused else network,
             folder / f"{graph.name}.onnx",
             dtype=dtype,
+            translations=identity_translations() if fused else None,
         )
         records[graph.name] = {
             "file": f"onnx/{graph.name}.onnx",
@@ -162,6 +176,8 @@ def _export_graphs(
             "opset": exported.opset,
             "operators": exported.operators,
         }
+        if exported.custom_operators:
+            records[graph.name]["custom_operators"] = list(exported.custom_operators)
     say("export", len(table.graphs), len(table.graphs))
     return records
 
@@ -203,7 +219,13 @@ def _record(
 
 
 def _parity(
-    folder: Path, table: StageTable, dtype: torch.dtype, scope: ReferenceScope, say: Report
+    folder: Path,
+    table: StageTable,
+    dtype: torch.dtype,
+    scope: ReferenceScope,
+    say: Report,
+    *,
+    custom: list[str],
 ) -> dict[str, Any]:
     """Largest relative error of each graph under ONNX Runtime; two digits, so that noise isn't recorded."""
     from proteus_deploy.errors import BackendError
@@ -215,6 +237,11 @@ def _parity(
         return {"status": "not measured", "reason": "exported without a recorded reference"}
     if dtype == torch.bfloat16:
         return {"status": "not measured", "reason": "ONNX Runtime's CPU provider has no bfloat16 kernels"}
+    if custom:
+        return {
+            "status": "not measured",
+            "reason": f"ONNX Runtime has no kernels for the custom operators of {', '.join(custom)}",
+        }
     errors: dict[str, float] = {}
     count = 0
     runner: OnnxRuntimeGraph | None = None

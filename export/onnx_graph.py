@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,17 +31,24 @@ if TYPE_CHECKING:
 OPSET = {torch.float32: 20, torch.float16: 20, torch.bfloat16: 22}
 # A protobuf message ends at 2 GiB and is built whole in memory, so larger weights go beside the graph.
 EMBED_LIMIT_BYTES = 256 << 20
+# Operation of torch -> function that writes its ONNX nodes with onnxscript.
+Translations = Mapping[Callable[..., Any], Callable[..., Any]]
+
 _FOLD_LIMIT = 4096  # elements: shapes, axes and small tables, never a weight
 
 
 @dataclass(frozen=True)
 class ExportedGraph:
-    """What was written: file names relative to the ONNX file's folder, opset, operators and their count."""
+    """What was written: file names relative to the ONNX file's folder, opset, operators and their count.
+
+    custom_operators: those that are not ONNX's own, as domain::name; few backends can run them.
+    """
 
     files: tuple[str, ...]
     opset: int
     operators: dict[str, int]
     parameters: int
+    custom_operators: tuple[str, ...] = ()
 
 
 def require_onnx() -> None:
@@ -62,17 +69,19 @@ def export_graph(
     destination: Path,
     *,
     dtype: torch.dtype,
+    translations: Translations | None = None,
     report: Callable[[int, int], None] = no_report,
 ) -> ExportedGraph:
     """Trace `network` and write `destination` (and `destination`.data for large weights), atomically.
 
+    translations: nodes for operations that torch doesn't translate.
     report(done, total) counts written weights. Raises BackendError when the ONNX packages are absent.
     """
     require_onnx()
     if dtype not in OPSET:
         raise InputError(f"dtype {dtype} can't be exported; choose float32, float16 or bfloat16")
     module, fakes = _fake_module(network.module, dtype)
-    model = _trace(module, graph, table, dtype, fakes)
+    model = _trace(module, graph, table, dtype, fakes, translations)
     _simplify(model)
     _strip_machine_traces(model)
     _fill_weights(model, network, dtype, report)
@@ -80,8 +89,11 @@ def export_graph(
     operators: dict[str, int] = {}
     for node in model.graph:
         operators[node.op_type] = operators.get(node.op_type, 0) + 1
+    custom = {f"{node.domain}::{node.op_type}" for node in model.graph if node.domain}
     parameters = sum(1 for _ in module.parameters())
-    return ExportedGraph(files, OPSET[dtype], dict(sorted(operators.items())), parameters)
+    return ExportedGraph(
+        files, OPSET[dtype], dict(sorted(operators.items())), parameters, tuple(sorted(custom))
+    )
 
 
 def _fake_module(module: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, Any]:
@@ -128,7 +140,12 @@ def dynamic_shapes(graph: Graph, table: StageTable) -> tuple[dict[int, Any], ...
 
 
 def _trace(
-    module: nn.Module, graph: Graph, table: StageTable, dtype: torch.dtype, mode: Any
+    module: nn.Module,
+    graph: Graph,
+    table: StageTable,
+    dtype: torch.dtype,
+    mode: Any,
+    translations: Translations | None,
 ) -> onnx_ir.Model:
     kinds = {"float": dtype, "float32": torch.float32, "int64": torch.int64}
     sizes = trace_sizes(graph, table)
@@ -147,6 +164,7 @@ def _trace(
             optimize=False,
             verbose=False,
             opset_version=OPSET[dtype],
+            custom_translation_table=dict(translations) if translations else None,
             dynamic_shapes=group_variadic(module, shapes),
             input_names=[spec.name for spec in graph.inputs],
             output_names=[spec.name for spec in graph.outputs],

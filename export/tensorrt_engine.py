@@ -11,7 +11,7 @@ from threading import Event
 from typing import Any
 
 from proteus_deploy._files import atomic_file, write_json
-from proteus_deploy.errors import BackendError
+from proteus_deploy.errors import BackendError, BundleError
 from proteus_deploy.export import host_memory
 from proteus_deploy.export.engine_cache import EngineCache, cache_key
 from proteus_deploy.export.engine_contract import check_contract, check_precisions, read_contract
@@ -52,9 +52,10 @@ def build_engine(
     api.check_options(options)
     started_s = time.monotonic()
     source = EngineSource.read(onnx_file)
+    plugins = _add_plugins(source, api, target)
     key, record = "", None
     if cache is not None:
-        key = _key(source, graph, table, target, api, options, dtype)
+        key = _key(source, graph, table, target, api, options, dtype, plugins)
         record = cache.fetch(key, destination)
     cached = record is not None
     if record is None:
@@ -81,6 +82,7 @@ def _key(
     api: TensorRT,
     options: EngineOptions,
     dtype: str,
+    plugins: dict[str, Any],
 ) -> str:
     return cache_key(
         {
@@ -92,8 +94,23 @@ def _key(
             "flavour": api.flavour,
             "version": api.version,
             "options": options.to_json(),
+            **plugins,
         }
     )
+
+
+def _add_plugins(source: EngineSource, api: TensorRT, target: str) -> dict[str, Any]:
+    """Register what the graph's custom operators need; what that adds to the key of a cached engine."""
+    from proteus_deploy.export.identity_onnx import OPERATOR_ID
+
+    if unknown := [name for name in source.custom_operators if name != OPERATOR_ID]:
+        raise BundleError(f"{source.onnx_file} has the operators {', '.join(unknown)}, which no plugin runs")
+    if not source.custom_operators:
+        return {}
+    from proteus_deploy.export.identity_plugin import plugin_key, register_identity_plugin
+
+    register_identity_plugin(api, target)
+    return {"plugin": plugin_key()}
 
 
 def _build(

@@ -138,6 +138,28 @@ def identity_attention_kernel(
             tl.store(out_rows[:, None] + d[None, :], (x + strength * update).to(kind), mask=mask)
 
 
+@triton.jit
+def identity_attention_plugin_kernel(
+    hidden, A, sums, a0, Bm, gate, tokens, identities, out, EPS: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, Q: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    BLOCK_H: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """The kernel above with the arguments that a TensorRT plugin can give: inputs, whole numbers, outputs.
+
+    All tensors are dense; A is [identities, C, d], the layout in which folding leaves it. One identity
+    serves the whole batch.
+    """
+    C: tl.constexpr = H * Q
+    rows = tokens.to(tl.int64) * D
+    columns = tl.where(identities > 1, C, 0).to(tl.int64)
+    identity_attention_kernel(
+        hidden, A, sums, a0, Bm, gate, out, tokens, EPS,
+        rows, D, 1, columns * D, 1, D, columns, columns, 1, columns * D, D, 1, rows, D,
+        D, H, Q, BLOCK_Q, BLOCK_N, BLOCK_D, BLOCK_OUT, BLOCK_H, GROUPS,
+    )  # fmt: skip
+
+
 def head_blocks(heads: int, queries: int, groups: int) -> tuple[tuple[str, int], ...]:
     """How `heads` are dealt to `groups`: blocks are powers of two, and a product needs 16 columns."""
     block_q = power_of_two(queries)

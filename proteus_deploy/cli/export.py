@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="what the PyTorch reference records for `verify`; auto: video if small, none if large",
     )
+    parser.add_argument(
+        "--identity-plugin",
+        action="store_true",
+        help="identity attention as one node, which only the backend tensorrt runs: see docs/plugin.md",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace DIR, once the new bundle is whole")
     parser.add_argument(
         "--random-weights",
@@ -56,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             ranges=ranges,
             reference=arguments.reference,
             overwrite=arguments.overwrite,
+            identity_plugin=arguments.identity_plugin,
             report=report,
         )
     parity = bundle.manifest["parity"]

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from proteus_deploy.errors import InputError
+from proteus_deploy.errors import BackendError, InputError
 from proteus_deploy.stages import Graph, StageTable, TensorSpec, split_axis
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from proteus_deploy.bundle import Bundle
 
 
 class Runner(Protocol):
@@ -34,6 +36,22 @@ class Backend(Protocol):
         """Give the memory of one graph back; the next `runner` loads it again."""
 
     def close(self) -> None: ...
+
+
+def refuse_custom_operators(bundle: Bundle, runtime: str) -> None:
+    """Raises BackendError where a graph has operators that are not ONNX's own, which `runtime` can't run."""
+    records = bundle.manifest["graphs"].items()
+    found = [
+        f"{name} ({', '.join(record['custom_operators'])})"
+        for name, record in sorted(records)
+        if record.get("custom_operators")
+    ]
+    if found:
+        raise BackendError(
+            f"{runtime} has no kernels for the custom operators of {', '.join(found)}: this bundle was "
+            "exported with --identity-plugin, for TensorRT. Build it and run it with the backend tensorrt, "
+            "or export again without that flag"
+        )
 
 
 def bind_sizes(graph: Graph, inputs: Mapping[str, Tensor], *, broadcast: bool = False) -> dict[str, int]:

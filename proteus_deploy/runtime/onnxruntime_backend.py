@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from proteus_deploy.errors import BackendError
-from proteus_deploy.runtime.backend import bind_sizes, resolve_dtype
+from proteus_deploy.runtime.backend import bind_sizes, refuse_custom_operators, resolve_dtype
 from proteus_deploy.stages import Graph
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ class OnnxRuntimeBackend:
     def __init__(self, bundle: Bundle, *, device: str = "cpu", threads: int | None = None) -> None:
         """threads: intra-op threads; None leaves the choice to ONNX Runtime.
 
-        Raises BackendError when the package or provider is absent, or for a bf16 bundle on the CPU.
+        Raises BackendError when the package or provider is absent, for a bf16 bundle on the CPU, or custom
+        operators.
         """
         try:
             import onnxruntime
@@ -38,6 +39,7 @@ class OnnxRuntimeBackend:
         available = onnxruntime.get_available_providers()
         if self.provider not in available:
             raise BackendError(f"ONNX Runtime has no {self.provider} here; it has {', '.join(available)}")
+        refuse_custom_operators(bundle, "ONNX Runtime")
         if bundle.dtype == "bf16":
             raise BackendError(
                 "ONNX Runtime takes tensors from NumPy, which has no bfloat16, and its CPU provider has no "

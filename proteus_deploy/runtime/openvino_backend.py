@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from proteus_deploy.errors import BackendError, InputError
-from proteus_deploy.runtime.backend import bind_sizes, resolve_dtype
+from proteus_deploy.runtime.backend import bind_sizes, refuse_custom_operators, resolve_dtype
 from proteus_deploy.stages import AXIS_MEANING, Graph, StageTable, TensorSpec, axis_size, split_axis
 
 if TYPE_CHECKING:
@@ -35,9 +35,10 @@ class OpenVinoBackend:
     ) -> None:
         """threads: that one call runs on; None leaves the choice to OpenVINO. denoiser_sizes: symbols of the
         denoiser's contract, such as {"B": 2, "f": 13, "y": 30, "x": 45, "L": 226}, that it is compiled for;
-        it then takes these sizes only, and a step is faster (docs/build.md has the figure).
+        it then takes these sizes only.
 
-        Raises BackendError when the package or the device is absent, InputError for a size out of range.
+        Raises BackendError when the package or the device is absent, or a graph has custom operators, and
+        InputError for a size out of range.
         """
         try:
             import openvino
@@ -48,6 +49,7 @@ class OpenVinoBackend:
             raise BackendError(
                 f"OpenVINO has no device {device!r}; it has {', '.join(self._core.available_devices)}"
             )
+        refuse_custom_operators(bundle, "OpenVINO")
         self._device = device.upper()
         self.device = torch.device("cpu")
         self.dtype = resolve_dtype(bundle.dtype)
