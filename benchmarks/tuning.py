@@ -40,8 +40,6 @@ DEFAULT_BUDGET = Budget(
 _THRESHOLDS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 0.8, 1.0, 1.28)
 _EVERY = (2, 3, 4, 6, 10)
 _LOWEST = (100, 200, 300, 400, 500, 600, 700, 800, 900)
-_COMBINED = 3  # boldest step caches that are tried together with
-_COMBINED_GUIDANCE = 2  # the boldest of each way to leave guidance out
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,18 +81,20 @@ def search_plan(
         )
         raise InputError(f"{budget.name}: the exact videos break it ({failed}); choose wider bounds")
     trials = [exact]
-    passed: dict[str, list[Trial]] = {"step_cache": [], "guidance_reuse": [], "guidance_interval": []}
+    caches: list[Trial] = []  # the boldest of each family that passed
+    guidances: list[Trial] = []
     guided = cases[0].request.guided
-    for policy, sweep in _sweeps(bench.ratios, guided=guided):
+    for sweep in _sweeps(bench.ratios, guided=guided):
+        boldest: Trial | None = None
         for name, plan in sweep:
             trial = bench.trial(name, plan)
             trials.append(trial)
             if not trial.gate.passed:
                 break  # a bolder one only strays further
-            passed[policy].append(trial)
-    caches, *guidances = (sorted(found, key=lambda one: one.work) for found in passed.values())
-    guidance_trials = [trial for found in guidances for trial in found[:_COMBINED_GUIDANCE]]
-    for cache, guidance in itertools.product(caches[:_COMBINED], guidance_trials):
+            boldest = trial
+        if boldest is not None:
+            (guidances if boldest.plan.step_cache is None else caches).append(boldest)
+    for cache, guidance in itertools.product(caches, guidances):
         plan = replace(guidance.plan, step_cache=cache.plan.step_cache)
         trials.append(bench.trial(f"{cache.name}, {guidance.name}", plan))
     good = [trial for trial in trials if trial.gate.passed]
@@ -117,23 +117,15 @@ def _check_cases(cases: Sequence[TuningCase]) -> None:
 
 def _sweeps(
     ratios: Mapping[Reuse, tuple[float, ...]], *, guided: bool
-) -> Iterator[tuple[str, Iterator[tuple[str, Plan]]]]:
-    """(policy, plans from careful to bold) of every family."""
-
+) -> Iterator[Iterator[tuple[str, Plan]]]:
+    """Of every family its named plans, from careful to bold."""
     for reuse in REUSES:
-        yield "step_cache", _easy_caches(reuse)
-        yield "step_cache", _mag_caches(reuse, ratios[reuse])
+        yield _easy_caches(reuse)
+        yield _mag_caches(reuse, ratios[reuse])
     if guided:
+        yield ((f"guidance every {n}", Plan(guidance_reuse=GuidanceReuse(every=n))) for n in _EVERY)
         yield (
-            "guidance_reuse",
-            ((f"guidance every {n}", Plan(guidance_reuse=GuidanceReuse(every=n))) for n in _EVERY),
-        )
-        yield (
-            "guidance_interval",
-            (
-                (f"guidance from {low}", Plan(guidance_interval=GuidanceInterval(lowest=low)))
-                for low in _LOWEST
-            ),
+            (f"guidance from {low}", Plan(guidance_interval=GuidanceInterval(lowest=low))) for low in _LOWEST
         )
 
 

@@ -35,6 +35,33 @@ def test_the_readme_shows_what_was_measured(repository: Path, name: str) -> None
         assert not document["commit"].endswith(("-dirty", "unknown")), "measure a commit, not a working tree"
 
 
+def test_the_page_of_policies_shows_what_was_measured(repository: Path) -> None:
+    results = repository / "benchmarks" / "results" / "tiny_model"
+    tuned, held_out, loops = (
+        json.loads((results / f"{name}.json").read_text())
+        for name in ("tune_50_steps", "plan_held_out", "bench_loops")
+    )
+    chosen = next(trial for trial in tuned["trials"] if trial["name"] == tuned["chosen"])
+    assert held_out["planned"]["plan"] == loops["settings"]["plan"] == chosen["plan"]
+    rows = {row["case"]: row for row in loops["rows"]}
+    planned, exact = rows["plan:compiled-cpu:bf16"], rows["exact:compiled-cpu:bf16"]
+    over_exact = exact["latency_ms"]["median"] / planned["latency_ms"]["median"]
+    before, after = held_out["exact"]["means"], held_out["planned"]["means"]
+    lost = 1 - after["motion_background"] / before["motion_background"]
+    page = " ".join((repository / "docs" / "policies.md").read_text(encoding="utf-8").split())
+    for words in (
+        f"What {len(tuned['trials']) - 1} plans cost",
+        f"computes {chosen['work']:.0%} of the rows",
+        f"is {planned['speedup_vs_published_bf16']:.1f} times as fast as the published",
+        f"and {over_exact:.1f} times as fast as the exact one",
+        f"the likeness ({after['face_sim_arc'] - before['face_sim_arc']:.3f} higher)",
+        f"the pixels ({after['psnr']:.1f} dB) nor the motion ({lost:.0%} less)",
+    ):
+        assert words in page
+    assert chosen["passed"]
+    assert not held_out["planned"]["passed"]
+
+
 def spread(median: float) -> dict[str, float]:
     return {"median": median, "p20": median, "p80": median, "n": 3}
 
