@@ -93,7 +93,7 @@ def test_attention_is_chosen_with_or_without_the_other_kernels(
 
 
 def test_an_attention_that_cannot_run_is_refused_before_any_weight(checkpoint: Checkpoint) -> None:
-    with pytest.raises(BackendError, match="attention 'flash' is unknown; there are torch, triton"):
+    with pytest.raises(BackendError, match="attention 'flash' is unknown; there are torch, cpu-bf16, triton"):
         EagerBackend(checkpoint, attention="flash")
     with pytest.raises(BackendError, match="'sage' runs on CUDA devices, and the device is cpu"):
         EagerBackend(checkpoint, attention="sage", dtype=torch.bfloat16)
