@@ -77,7 +77,7 @@ class OpenVinoBackend:
         return self._runners[graph]
 
     def _settings(self, graph: str) -> dict[str, Any]:
-        """What decides results is set; of what decides speed, only what was measured to (docs/build.md)."""
+        """What decides results is set; nothing else was measured to gain (docs/openvino.md)."""
         hint = "f32" if graph in _ALWAYS_FLOAT32 else _HINT[self._bundle.dtype]
         settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": hint,
