@@ -31,7 +31,11 @@ from proteus_deploy.bundle import Bundle
 from proteus_deploy.errors import InputError
 from proteus_deploy.runtime.backend import resolve_dtype
 from proteus_deploy.runtime.eager import EagerBackend
-from proteus_deploy.runtime.openvino_backend import tensor_from_openvino, tensor_to_openvino
+from proteus_deploy.runtime.openvino_backend import (
+    openvino_core,
+    tensor_from_openvino,
+    tensor_to_openvino,
+)
 from proteus_deploy.stages import Graph, sample_inputs
 from proteus_deploy.testing import relative_error
 
@@ -117,9 +121,7 @@ def open_step(
     bundle: Bundle, graph: Graph, name: str, sizes: dict[str, int], inputs: dict[str, Tensor]
 ) -> Step:
     """The denoiser compiled under the named setting; a call runs it on `inputs` and gives the velocity."""
-    import openvino
-
-    core = openvino.Core()
+    core = openvino_core()
     model = core.read_model(str(bundle.onnx_file("denoiser")))
     if name == "fixed sizes":
         model.reshape({spec.name: list(spec.shape(sizes)) for spec in graph.inputs})

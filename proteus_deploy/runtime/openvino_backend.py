@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,22 @@ if TYPE_CHECKING:
 # T5 finds its relative position buckets with a logarithm; in bfloat16 it lands in neighbouring buckets.
 _ALWAYS_FLOAT32 = ("text_encoder",)
 _HINT = {"fp32": "f32", "fp16": "f32", "bf16": "bf16"}
+
+
+@cache
+def openvino_core() -> Any:
+    """The one openvino.Core of this process. Raises BackendError when the package is absent.
+
+    It is never let go. The first network compiled gives the calling thread a signal stack that belongs to the
+    CPU plugin, which unmaps it when the last reference to it goes; if that happens in another thread, or with
+    two Cores of which the older goes first, the next signal (Ctrl-C) writes into memory that is no longer
+    its own.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise BackendError('openvino is not installed; pip install "proteus-deploy[openvino]"') from error
+    return openvino.Core()
 
 
 class OpenVinoBackend:
@@ -40,11 +57,7 @@ class OpenVinoBackend:
         Raises BackendError when the package or the device is absent, or a graph has custom operators, and
         InputError for a size out of range.
         """
-        try:
-            import openvino
-        except ImportError as error:
-            raise BackendError('openvino is not installed; pip install "proteus-deploy[openvino]"') from error
-        self._core = openvino.Core()
+        self._core = openvino_core()
         if device.upper() not in self._core.available_devices:
             raise BackendError(
                 f"OpenVINO has no device {device!r}; it has {', '.join(self._core.available_devices)}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -110,6 +112,47 @@ def test_threads_get_their_own_results(new_bundle: Callable[..., Bundle]) -> Non
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(one, range(200)))
+
+
+_CLOSED_ELSEWHERE = """
+import gc, os, signal, sys, threading
+from pathlib import Path
+from proteus_deploy.bundle import Bundle
+from proteus_deploy.runtime.openvino_backend import OpenVinoBackend
+
+bundle = Bundle.open(Path(sys.argv[1]))
+backends = [OpenVinoBackend(bundle), OpenVinoBackend(bundle)]
+for backend in backends:
+    backend.runner("first")
+del backend
+
+def close():
+    while backends:
+        backends.pop(0).close()
+    gc.collect()
+
+thread = threading.Thread(target=close)
+thread.start()
+thread.join()
+met = []
+signal.signal(signal.SIGINT, lambda *_: met.append("SIGINT"))
+os.kill(os.getpid(), signal.SIGINT)
+print(*met, sep="")
+"""
+
+
+def test_ctrl_c_after_backends_were_closed_in_another_thread(new_bundle: Callable[..., Bundle]) -> None:
+    """Python's handlers run on the signal stack, which OpenVINO's CPU plugin takes along when it goes."""
+    command = [
+        sys.executable,
+        "-X",
+        "faulthandler",
+        "-c",
+        _CLOSED_ELSEWHERE,
+        str(new_bundle("bundle").folder),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "SIGINT\n"), done.stderr
 
 
 def test_number_of_threads(new_bundle: Callable[..., Bundle]) -> None:
