@@ -83,7 +83,11 @@ def test_wheel_holds_the_tree_and_one_import_name(wheel: Path, repository: Path)
         if file.is_file()
     }
     source = "proteus_deploy/kernels/joint_attention/cpu.cpp"
-    assert rest == {"proteus_deploy/py.typed", source} | configs | networks
+    recipes = {
+        f"proteus_deploy/export/recipes/{file.name}" for file in (repository / "export/recipes").iterdir()
+    }
+    assert recipes
+    assert rest == {"proteus_deploy/py.typed", source} | configs | networks | recipes
     assert any(name.endswith("LICENSE") for name in names)
 
 
