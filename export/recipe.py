@@ -239,6 +239,8 @@ def _read_graph(fields: Fields, graph: str) -> GraphRecipe:
     rules = fields.items("rules", _read_rule)
     if not rules and not attention:
         raise fields.wrong("rules", [], "a graph needs a rule; leave the graph out to keep it as it is")
+    if graph != "denoiser" and any(rule.timestep_groups for rule in rules):
+        raise fields.wrong("rules", "timestep_groups", "only the denoiser sees a timestep")
     keep = fields.items("keep", _read_keep) if "keep" in fields.document else DEFAULT_KEEP[graph]
     return GraphRecipe(rules, keep, attention)
 

@@ -129,7 +129,7 @@ def quantise_nvfp4(
     blocks = _blocks(_checked(weight, name), block_size, name)
     largest = blocks.abs().amax(-1)
     top = largest.max() / (LARGEST_CODE["nvfp4"] * LARGEST_CODE["fp8_e4m3"])
-    common = _stored(top, scale_dtype)
+    common = stored_scale(top, scale_dtype)
     scale = (largest / LARGEST_CODE["nvfp4"] / common.float()).clamp_(max=LARGEST_CODE["fp8_e4m3"])
     # A block that is tiny beside the largest gets the smallest scale and not zero; one of zeros gets 1.
     scale = torch.where(largest > 0, scale.clamp(min=_SMALLEST_E4M3), 1.0).to(torch.float8_e4m3fn)
@@ -192,10 +192,10 @@ def _blocks(weight: Tensor, size: int, name: str) -> Tensor:
 
 
 def _scale(largest: Tensor, kind: Format, dtype: torch.dtype) -> Tensor:
-    return _stored(largest / LARGEST_CODE[kind], dtype)
+    return stored_scale(largest / LARGEST_CODE[kind], dtype)
 
 
-def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Rounded to `dtype`; 1 where all values are zero, and never 0 where one is not."""
     # Below 2^-20, float16 has fewer than five bits left for a scale.
     smallest = 2.0**-20 if dtype == torch.float16 else torch.finfo(dtype).smallest_normal
