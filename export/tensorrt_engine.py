@@ -15,12 +15,16 @@ from proteus_deploy.errors import BackendError, BundleError
 from proteus_deploy.export import host_memory
 from proteus_deploy.export.engine_cache import EngineCache, cache_key
 from proteus_deploy.export.engine_contract import check_contract, check_precisions, read_contract
+from proteus_deploy.export.engine_inspector import InspectedEngine
+from proteus_deploy.export.engine_layers import read_layers
+from proteus_deploy.export.engine_report import add_inspection, report_network
 from proteus_deploy.export.engine_source import EngineSource
 from proteus_deploy.runtime.tensorrt_api import EngineOptions, TensorRT, current_gpu
 from proteus_deploy.stages import Graph, StageTable
 
 BUILT = "built, not run"
 LOADED = "loaded, not run"  # on a GPU of the target: it deserialises there, and its layers are listed
+_LAYERS = ".layers.json"
 
 
 def build_engine(
@@ -43,8 +47,8 @@ def build_engine(
     force_memory: build even when the prediction says that host memory will not do.
     cancel: ends the build at TensorRT's next step with Cancelled.
 
-    The record: file, bytes, status, cached, seconds, contract, memory {predicted_bytes, peak_bytes},
-    onnx_sha256 where a cache is used. Raises InputError for a target, option or memory that will not do,
+    The record: file, bytes, status, cached, seconds, contract, memory {predicted_bytes, peak_bytes}, report
+    (see engine_report.py). Raises InputError for a target, option or memory that will not do,
     BundleError for an ONNX file that isn't what the stage table says, BackendError when TensorRT fails.
     """
     options = options or EngineOptions()
@@ -64,12 +68,16 @@ def build_engine(
         )
         if cache is not None:
             cache.store(key, destination, record)
+    status = _status(api, target, destination)
+    if status == LOADED:
+        inspected = InspectedEngine.read(destination.with_suffix(_LAYERS))
+        record = {**record, "report": add_inspection(record["report"], inspected)}
     return {
         **record,
         "file": destination.name,
         "bytes": destination.stat().st_size,
         "cached": cached,
-        "status": _status(api, target, destination),
+        "status": status,
         "seconds": round(time.monotonic() - started_s, 3),
     }
 
@@ -146,8 +154,15 @@ def _build(
         except BackendError as error:
             raise BackendError(f"graph {graph.name!r} for {target}: {error}") from error
         _store_timings(api, config, timing_file)
+        # After the build, which must see the network as it was parsed.
+        shapes = {name: sizes["opt"] for name, sizes in table.profile(graph).items()}
+        report = report_network(read_layers(network, api.module, shapes), dtype)
         del parser, network, config, builder  # in this order: each uses the next
-    return {"contract": contract, "memory": {"predicted_bytes": predicted, "peak_bytes": memory.peak_bytes}}
+    return {
+        "contract": contract,
+        "memory": {"predicted_bytes": predicted, "peak_bytes": memory.peak_bytes},
+        "report": report,
+    }
 
 
 def _add_profile(builder: Any, config: Any, network: Any, graph: Graph, table: StageTable) -> None:
@@ -187,5 +202,5 @@ def _status(api: TensorRT, target: str, file: Path) -> str:
     engine = api.deserialize(file)
     inspector = engine.create_engine_inspector()
     report = inspector.get_engine_information(api.module.LayerInformationFormat.JSON)
-    write_json(file.with_suffix(".layers.json"), json.loads(report))
+    write_json(file.with_suffix(_LAYERS), json.loads(report))
     return LOADED

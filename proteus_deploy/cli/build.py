@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +31,14 @@ _ENGINE_FLAGS = (
     "strip_weights",
     "optimization_level",
     "tf32",
+    "weight_streaming",
     "force_memory",
     "cache_dir",
     "no_cache",
+    "report",
+    "fail_on",
 )
+_GATES = ("unfused-attention", "high-precision-product", "reformat", "unfolded-qdq")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +70,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tf32", action="store_true", help="let float32 products round to TF32")
     parser.add_argument(
+        "--weight-streaming",
+        action="store_true",
+        help="let weights stay in host memory while the engine runs",
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="write the engine report to a .md or .json file"
+    )
+    parser.add_argument(
+        "--fail-on",
+        action="append",
+        choices=_GATES,
+        help="exit with 1 when an engine has this in its report; repeatable",
+    )
+    parser.add_argument(
         "--force-memory", action="store_true", help="build even when host memory is predicted to run out"
     )
     cache = parser.add_mutually_exclusive_group()
@@ -82,6 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     packages = TARGET in arguments.target
     engines = [target for target in arguments.target if target != TARGET]
     _check_flags(arguments, packages=packages, engines=bool(engines))
+    gates = _check_report(arguments, engines)
     bundle = open_bundle(arguments.bundle)
     graphs = select_graphs(bundle, arguments.stage)
     # All of them first: a wrong last target should not show up after an hour.
@@ -101,11 +121,14 @@ def run(arguments: argparse.Namespace) -> int:
                 progress.advance(0 if record is None else 1, f"{graph} for {target}")
 
             sets.append(build(report, cancel))
+    reported = [s for s in sets if s.target != TARGET]
+    if arguments.report is not None:
+        _write_report(arguments.report, bundle, reported)
     if arguments.json:
-        print_json({"bundle": str(bundle.folder), "targets": {s.target: dict(s.document) for s in sets}})
+        print_json({"bundle": str(bundle.folder), "targets": {s.target: _summary(s.document) for s in sets}})
     else:
         _print(sets)
-    return 0
+    return _judge(reported, [graph.name for graph in graphs], gates)
 
 
 def _check_flags(arguments: argparse.Namespace, *, packages: bool, engines: bool) -> None:
@@ -122,6 +145,58 @@ def _check_flags(arguments: argparse.Namespace, *, packages: bool, engines: bool
         raise InputError(f"--{given[0].replace('_', '-')} is for TensorRT engines; leave it out")
 
 
+def _check_report(arguments: argparse.Namespace, targets: list[str]) -> list[str]:
+    """The gates asked for. Raises InputError for one that can't be decided, or an unwritable file."""
+    from proteus_deploy._files import check_writable
+    from proteus_deploy.export.engine_report import check_gates
+    from proteus_deploy.runtime.tensorrt_api import current_gpu
+
+    gates = list(dict.fromkeys(arguments.fail_on or ()))
+    gpu = current_gpu()
+    check_gates(gates, gpu is not None and all(target in ("current", gpu) for target in targets))
+    if arguments.report is not None:
+        if arguments.report.suffix not in (".md", ".json"):
+            raise InputError(f"--report {arguments.report} ends in neither .md nor .json; name it so")
+        check_writable(arguments.report)
+    return gates
+
+
+def _write_report(file: Path, bundle: Bundle, sets: list[EngineSet]) -> None:
+    from proteus_deploy._files import atomic_file, write_json
+    from proteus_deploy.export.engine_report_page import report_document, report_page
+
+    if file.suffix == ".json":
+        write_json(file, report_document(bundle, sets))
+        return
+    with atomic_file(file) as temporary:
+        temporary.write_text(report_page(bundle, sets), encoding="utf-8")
+
+
+def _judge(sets: list[EngineSet], graphs: list[str], gates: list[str]) -> int:
+    """0, or 1 with a sentence on standard error for each finding that a gate forbids."""
+    from proteus_deploy.export.engine_report import failures
+
+    found = [
+        f"{engines.target}, {name}: {text}"
+        for engines in sets
+        for name in graphs
+        for text in failures(engines.graphs[name]["report"], gates)
+    ]
+    for line in found:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if found else 0
+
+
+def _summary(document: Mapping[str, Any]) -> dict[str, Any]:
+    """An engine manifest without the thousands of layers of its reports; `--report` writes those."""
+    graphs = {}
+    for name, record in document["graphs"].items():
+        report = record.get("report")
+        short = {key: value for key, value in (report or {}).items() if key != "layers"}
+        graphs[name] = {**record, "report": short} if report else dict(record)
+    return {**document, "graphs": graphs}
+
+
 def _engine_builders(bundle: Bundle, targets: list[str], arguments: argparse.Namespace) -> dict[str, Builder]:
     from proteus_deploy.export.build import build_bundle
     from proteus_deploy.export.engine_cache import EngineCache, default_folder
@@ -132,6 +207,7 @@ def _engine_builders(bundle: Bundle, targets: list[str], arguments: argparse.Nam
         strip_weights=arguments.strip_weights,
         optimization_level=arguments.optimization_level,
         tf32=arguments.tf32,
+        weight_streaming=arguments.weight_streaming,
     )
     api = TensorRT.load(arguments.flavour)
     resolved = [api.resolve_target(target) for target in targets]

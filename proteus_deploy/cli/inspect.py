@@ -46,11 +46,16 @@ _STAGE_OF_PREFIX: dict[str, tuple[tuple[str, str], ...]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
     parser.add_argument("path", type=Path, help="folder of a checkpoint or of a bundle")
+    parser.add_argument(
+        "--engines", action="store_true", help="show the engine reports of a bundle instead of what it holds"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what is in the folder and return 0. Raises InputError when it is neither, or damaged."""
+    if arguments.engines:
+        return _run_engines(arguments)
     if kind_of(arguments.path) == "checkpoint":
         from proteus_deploy.checkpoint import Checkpoint
 
@@ -63,6 +68,23 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(document)
     else:
         show(document)
+    return 0
+
+
+def _run_engines(arguments: argparse.Namespace) -> int:
+    """Print the reports that `build` wrote. Raises InputError for a checkpoint, BundleError when damaged."""
+    from proteus_deploy.cli.engine_table import print_engine_reports
+    from proteus_deploy.errors import InputError
+    from proteus_deploy.export.engine_report_page import report_document
+
+    if kind_of(arguments.path) == "checkpoint":
+        raise InputError(f"{arguments.path} is a checkpoint; --engines is for a bundle that `build` has seen")
+    bundle = open_bundle(arguments.path)
+    sets = [bundle.engines(target) for target in bundle.targets if not target.startswith("aotinductor")]
+    if arguments.json:
+        print_json(report_document(bundle, sets))
+    else:
+        print_engine_reports(sets)
     return 0
 
 

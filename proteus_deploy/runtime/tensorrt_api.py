@@ -55,12 +55,14 @@ class EngineOptions:
     optimization_level: 0 (fast build) to 5 (long search); None takes the package's default.
     tf32: let float32 products round to TF32, as TensorRT does unless told otherwise. Off here, so that an
     fp32 bundle computes in fp32.
+    weight_streaming: weights may stay in host memory and be copied to the GPU while it computes.
     """
 
     refit: bool = False
     strip_weights: bool = False
     optimization_level: int | None = None
     tf32: bool = False
+    weight_streaming: bool = False
 
     def __post_init__(self) -> None:
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
@@ -170,6 +172,11 @@ class TensorRT:
 
     def check_options(self, options: EngineOptions) -> None:
         """Raises BackendError for an option that this package refuses on this machine."""
+        if options.weight_streaming and not hasattr(self.module.BuilderFlag, "WEIGHT_STREAMING"):
+            raise BackendError(
+                f"{self.label} has no weight streaming; leave --weight-streaming out, or install TensorRT 10 "
+                "or later"
+            )
         wanted = {"--refit": options.refit, "--strip-weights": options.strip_weights}
         asked = [flag for flag, on in wanted.items() if on]
         if asked and self.can_build_ahead and current_gpu() is None:
@@ -218,6 +225,8 @@ class TensorRT:
             config.set_flag(flags.REFIT)
         if options.strip_weights:
             config.set_flag(flags.STRIP_PLAN)
+        if options.weight_streaming:
+            config.set_flag(flags.WEIGHT_STREAMING)
         config.profiling_verbosity = self.module.ProfilingVerbosity.DETAILED
         return config
 

@@ -37,10 +37,19 @@ class TensorRTBackend:
     name = "tensorrt"
     checks_ranges = True
 
-    def __init__(self, bundle: Bundle, *, device: str = "cuda", runtime_cache: Path | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str = "cuda",
+        runtime_cache: Path | None = None,
+        weight_budget: int | None = None,
+    ) -> None:
         """Raises BackendError without a CUDA device, BundleError without engines for it.
 
         runtime_cache: folder for kernels compiled on this GPU (tensorrt_rtx only), one file per graph.
+        weight_budget: bytes of each engine's weights to keep on the GPU, for engines that were built with
+        weight streaming; None leaves the choice to TensorRT.
         """
         self.device = torch.device(device)
         built = [target for target in bundle.targets if not target.startswith("aotinductor")]
@@ -49,13 +58,18 @@ class TensorRTBackend:
         self.table = bundle.table
         self.engines = bundle.engines(gpu)
         self._runtime_cache = runtime_cache
+        self._weight_budget = weight_budget
         self._runners: dict[str, TensorRTGraph] = {}
 
     def runner(self, graph: str) -> TensorRTGraph:
         if graph not in self._runners:
             file = None if self._runtime_cache is None else self._runtime_cache / f"{graph}.cache"
             self._runners[graph] = TensorRTGraph.open(
-                self.engines, self.table.graph(graph), device=self.device, runtime_cache=file
+                self.engines,
+                self.table.graph(graph),
+                device=self.device,
+                runtime_cache=file,
+                weight_budget=self._weight_budget,
             )
         return self._runners[graph]
 
@@ -75,6 +89,28 @@ def _require_gpu(device: torch.device, targets: str) -> str:
     if gpu is None:
         raise BackendError(f"engines for {targets} are built, not run: no CUDA device here")
     return gpu
+
+
+def set_weight_budget(engine: Any, graph: str, budget: int | None, *, streams: bool) -> None:
+    """Say how many bytes of weights stay on the GPU; has to come before the execution context.
+
+    streams: whether the engine was built with weight streaming. budget: None leaves it to TensorRT; more
+    than all weights means all of them. Raises InputError for a budget that the engine can't follow.
+    """
+    if not streams:
+        if budget is not None:
+            raise InputError(
+                f"{graph}: a weight budget of {budget} bytes is for engines built with --weight-streaming; "
+                "build it so, or leave the budget out"
+            )
+        return
+    if budget is not None and budget < 0:
+        raise InputError(f"{graph}: a weight budget of {budget} bytes is below 0; give bytes, or None")
+    whole = int(engine.streamable_weights_size)
+    wanted = engine.get_weight_streaming_automatic_budget() if budget is None else min(budget, whole)
+    engine.weight_streaming_budget_v2 = wanted
+    if engine.weight_streaming_budget_v2 != wanted:
+        raise BackendError(f"{graph}: TensorRT refused a weight budget of {wanted} of {whole} bytes")
 
 
 class TensorRTGraph:
@@ -120,8 +156,12 @@ class TensorRTGraph:
         *,
         device: torch.device | str = "cuda",
         runtime_cache: Path | None = None,
+        weight_budget: int | None = None,
     ) -> TensorRTGraph:
-        """Load an engine. Raises BackendError where it can't run: no GPU, another GPU, another version."""
+        """Load an engine. Raises BackendError where it can't run: no GPU, another GPU, another version.
+
+        weight_budget: see TensorRTBackend. Raises InputError for an engine that doesn't stream its weights.
+        """
         target, flavour, version = (engines.document[field] for field in ("target", "flavour", "version"))
         gpu = _require_gpu(torch.device(device), target)
         if gpu != target:
@@ -134,6 +174,8 @@ class TensorRTGraph:
             )
         with torch.cuda.device(device):
             engine = api.deserialize(engines.file(graph.name))
+            streams = bool(engines.document.get("options", {}).get("weight_streaming"))
+            set_weight_budget(engine, graph.name, weight_budget, streams=streams)
             contract = engines.graphs[graph.name]["contract"]
             return cls(graph, engine, contract, device=device, runtime_cache=runtime_cache)
 

@@ -167,6 +167,79 @@ def test_target_is_required(bundle: Bundle, capsys: pytest.CaptureFixture[str]) 
     assert "--target" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("suffix", ["md", "json"])
+def test_engine_report_is_written(
+    bundle: Bundle, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / f"report.{suffix}"
+    command = ["build", str(bundle.folder), "--target", "sm89", "--target", "sm120", "--report", str(file)]
+    assert cli.main(command) == 0
+    text = file.read_text()
+    if suffix == "md":
+        assert "## first for sm120" in text
+        assert "as handed to the builder, not as built" in text
+        assert "| w | matrix multiply | fp32 | not known |" in text
+        return
+    graphs = json.loads(text)["targets"]["sm89"]["graphs"]
+    assert next(row["name"] for row in graphs["first"]["layers"]) == "node_product"
+    assert bundle.engines("sm89").graphs["first"]["report"] == graphs["first"]
+
+
+def test_report_survives_the_cache(bundle: Bundle) -> None:
+    reports = []
+    for _ in range(2):
+        assert cli.main(["build", str(bundle.folder), "--target", "sm89", "--stage", "first"]) == 0
+        reports.append(bundle.engines("sm89").graphs["first"]["report"])
+    assert reports[0] == reports[1]
+    assert bundle.engines("sm89").graphs["first"]["cached"]
+
+
+def test_gate_fails_with_the_names_of_the_layers(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from proteus_deploy.export.engine_report import report_network
+
+    finding = {
+        "code": "unfused-attention",
+        "text": "attention a can't be fused",
+        "layers": ["a"],
+        "share": 0.5,
+    }
+    monkeypatch.setattr(
+        "proteus_deploy.export.tensorrt_engine.report_network",
+        lambda *given: {**report_network(*given), "findings": [finding]},
+    )
+    command = ["build", str(bundle.folder), "--target", "sm89", "--stage", "first", "--no-cache"]
+    assert cli.main([*command, "--fail-on", "unfolded-qdq"]) == 0
+    capsys.readouterr()
+    assert cli.main([*command, "--fail-on", "unfolded-qdq", "--fail-on", "unfused-attention"]) == 1
+    error = capsys.readouterr().err
+    assert "error: sm89, first: unfused-attention: attention a can't be fused" in error
+    assert bundle.targets == ("sm89",), "the engines are there: what to do with them is the caller's"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--fail-on", "reformat"], "--fail-on reformat can't be decided here"),
+        (["--report", "report.txt"], "report.txt ends in neither .md nor .json"),
+    ],
+)
+def test_report_that_cannot_be_had_is_refused_before_the_build(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert cli.main(["build", str(bundle.folder), "--target", "sm89", *flags]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert bundle.targets == ()
+
+
+def test_weight_streaming_is_recorded(bundle: Bundle) -> None:
+    """That the flag changes the engine can't be seen without a GPU; that it is set and kept can."""
+    command = ["build", str(bundle.folder), "--target", "sm89", "--stage", "first", "--weight-streaming"]
+    assert cli.main(command) == 0
+    assert bundle.engines("sm89").document["options"]["weight_streaming"] is True
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -180,8 +253,12 @@ def test_target_is_required(bundle: Bundle, capsys: pytest.CaptureFixture[str]) 
             "--strip-weights is for TensorRT engines; leave it out",
         ),
         (["--target", "aotinductor-cpu", "--checkpoint", "absent"], "absent"),
+        (
+            ["--target", "aotinductor-cpu", "--checkpoint", "x", "--report", "x.md"],
+            "--report is for TensorRT engines; leave it out",
+        ),
     ],
-    ids=["no checkpoint", "checkpoint for an engine", "flag of engines", "absent checkpoint"],
+    ids=["no checkpoint", "checkpoint for an engine", "flag of engines", "absent checkpoint", "report"],
 )
 def test_flags_that_no_target_follows(
     bundle: Bundle, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
@@ -209,3 +286,20 @@ def test_engines_and_packages_in_one_command(
     assert cli.main(["build", str(bundle.folder), *targets, "--stage", "first"]) == 0
     assert asked == [(tiny_checkpoint.name, ["first"])]
     assert "building: done, 2 engines" in capsys.readouterr().err
+
+
+def test_inspect_shows_the_reports(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from proteus_deploy.cli import inspect
+
+    commands: dict[str, Command] = {"build": build, "inspect": inspect}
+    monkeypatch.setattr(cli, "load_commands", lambda: commands)
+    assert cli.main(["build", str(bundle.folder), "--target", "sm89"]) == 0
+    capsys.readouterr()
+    assert cli.main(["inspect", str(bundle.folder), "--engines"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^first +sm89 +fp32 100% +none +as handed to the builder", printed, re.MULTILINE)
+    assert cli.main(["inspect", str(bundle.folder), "--engines", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert set(document["targets"]["sm89"]["graphs"]) == {"first", "second_start", "second_next"}

@@ -156,3 +156,13 @@ def test_altered_bundle_is_refused(
     file.write_bytes(content.replace(b"0.7", b"0.8"))
     assert main(["inspect", str(folder)]) == 2
     assert f"{file} differs from the manifest" in capsys.readouterr().err
+
+
+def test_engines_of_a_bundle_without_any(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tiny_bundle), "--engines"]) == 0
+    assert "none built" in capsys.readouterr().out
+
+
+def test_engines_of_a_checkpoint(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tiny_checkpoint), "--engines"]) == 2
+    assert "--engines is for a bundle" in capsys.readouterr().err

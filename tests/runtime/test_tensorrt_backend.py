@@ -12,7 +12,7 @@ import torch
 from proteus_deploy.bundle import Bundle, EngineSet
 from proteus_deploy.errors import BackendError, InputError
 from proteus_deploy.runtime import open_bundle_backend, tensorrt_backend
-from proteus_deploy.runtime.tensorrt_backend import TensorRTBackend, TensorRTGraph
+from proteus_deploy.runtime.tensorrt_backend import TensorRTBackend, TensorRTGraph, set_weight_budget
 from proteus_deploy.stages import AxisRange, Graph, StageTable, TensorSpec
 
 GRAPH = Graph(
@@ -212,6 +212,48 @@ def test_runtime_cache_is_kept_between_loads(engine: FakeEngine, tmp_path: Path)
         graph.close()
         assert file.read_bytes() == expected
     assert engine.config.cache is not None
+
+
+class StreamingEngine(FakeEngine):
+    """What weight streaming needs of an ICudaEngine; `most` is what it lets the budget be."""
+
+    streamable_weights_size = 1000
+    most = 1000
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._budget = -1
+
+    def get_weight_streaming_automatic_budget(self) -> int:
+        return 700
+
+    @property
+    def weight_streaming_budget_v2(self) -> int:
+        return self._budget
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, value: int) -> None:
+        self._budget = min(value, self.most)
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 700), (0, 0), (400, 400), (5000, 1000)])
+def test_weights_kept_on_the_gpu(asked: int | None, expected: int) -> None:
+    engine = StreamingEngine()
+    set_weight_budget(engine, "doubler", asked, streams=True)
+    assert engine.weight_streaming_budget_v2 == expected
+
+
+def test_weight_budget_that_cannot_be_followed() -> None:
+    engine = StreamingEngine()
+    set_weight_budget(engine, "doubler", None, streams=False)
+    assert engine.weight_streaming_budget_v2 == -1, "an engine that doesn't stream is left alone"
+    with pytest.raises(InputError, match="budget of 10 bytes is for engines built with --weight-streaming"):
+        set_weight_budget(engine, "doubler", 10, streams=False)
+    with pytest.raises(InputError, match="budget of -1 bytes is below 0"):
+        set_weight_budget(engine, "doubler", -1, streams=True)
+    engine.most = 100
+    with pytest.raises(BackendError, match="TensorRT refused a weight budget of 400 of 1000 bytes"):
+        set_weight_budget(engine, "doubler", 400, streams=True)
 
 
 def _bundle(folder: Path) -> Bundle:
