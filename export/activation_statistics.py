@@ -145,6 +145,7 @@ class ActivationStatistics:
 
         with atomic_directory(folder, replace=overwrite) as temporary:
             save_file(self._tensors(), temporary / _TENSORS)
+            (temporary / _TENSORS).chmod(0o644)  # safetensors leaves it to its owner alone
             document = self._document() | {"sha256": {_TENSORS: sha256_of(temporary / _TENSORS)}}
             write_json(temporary / _JSON, document)
 

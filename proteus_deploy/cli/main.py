@@ -30,6 +30,7 @@ COMMAND_MODULES = (
     "generate",
     "bench",
     "tune",
+    "calibrate",
     "evaluate",
     "train",
     "demo",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from proteus_deploy.cli.request_cases import add_case_arguments, cases_of
 from proteus_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 NAME = "tune"
 HELP = "find the plan that leaves out most work inside a quality budget"
 
-_TEXTS = ("name", "person", "photo", "prompt", "identity_prompt")
 _BACKENDS = ("onnxruntime", "openvino", "tensorrt", "eager", "compiled")
 
 
@@ -31,14 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: the tiny model that ships, on drawn people",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="PLAN.json", help="file for the plan")
-    parser.add_argument("--cases", type=Path, metavar="FILE", help="JSON list of photos and prompts")
+    add_case_arguments(parser)
     parser.add_argument("--budget", type=Path, metavar="FILE", help="TOML of bounds (default: docs/tune.md)")
     parser.add_argument("--encoders", type=Path, metavar="DIR", help="networks that measure the videos")
-    parser.add_argument("--num-inference-steps", type=int, metavar="N", help="(default: 50; tiny model 25)")
-    parser.add_argument(
-        "--guidance-scale", type=float, metavar="W", help="(default: 6; for the tiny model its own)"
-    )
-    parser.add_argument("--people", type=int, default=4, metavar="N", help="drawn people (default: 4)")
     parser.add_argument("--backend", choices=_BACKENDS, help="as for generate")
     parser.add_argument("--device", help="e.g. cpu, cuda (default: the backend's own)")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="checkpoint only, as for generate")
@@ -65,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         missing = "--cases" if arguments.cases is None else "--encoders"
         raise InputError(f"{arguments.path} needs {missing}: only the model that ships brings its own")
     budget = _budget(arguments.budget)
-    cases = _drawn_cases(arguments) if arguments.cases is None else _read_cases(arguments)
+    cases = cases_of(arguments)
     encoders = load_encoders(arguments.encoders or ENCODERS)
     with _open(arguments) as pipeline, PhaseProgress() as progress:
         tuning = search_plan(pipeline, cases, budget, encoders, report=progress)
@@ -114,66 +109,6 @@ def _open(arguments: argparse.Namespace) -> Pipeline:
         compiled=backend == "compiled",
         attention=arguments.attention or "torch",
     )
-
-
-def _drawn_cases(arguments: argparse.Namespace) -> list[TuningCase]:
-    """People who were neither trained on nor held out for the measures, each with another movement."""
-    from proteus_deploy.benchmarks.tiny_model_plan import drawn_requests
-    from proteus_deploy.benchmarks.tiny_model_quality import VALIDATION
-    from proteus_deploy.tiny.trained import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
-
-    if not 1 <= arguments.people <= len(VALIDATION):
-        raise InputError(f"--people is {arguments.people}; choose 1 to {len(VALIDATION)}")
-    return drawn_requests(
-        VALIDATION[: arguments.people],
-        steps=_given(arguments.num_inference_steps, NUM_INFERENCE_STEPS),
-        guidance_scale=_given(arguments.guidance_scale, GUIDANCE_SCALE),
-    )
-
-
-def _read_cases(arguments: argparse.Namespace) -> list[TuningCase]:
-    """Of a JSON list of {photo, prompt, identity_prompt, seed, person, name}; paths relative to the file."""
-    from proteus_deploy.benchmarks.plan_trials import TuningCase
-    from proteus_deploy.cli.evaluate_cases import read_case_list
-    from proteus_deploy.request import GenerateRequest
-
-    file: Path = arguments.cases
-    document = read_case_list(file, example='[{"photo": "a.jpg", "prompt": "…"}]')
-    found = []
-    for number, entry in enumerate(document, 1):
-        _check_entry(f"{file}, case {number}", entry)
-        photo = file.parent / entry["photo"]
-        if not photo.is_file():
-            raise InputError(f"{file}, case {number}: {photo} is not a file")
-        name = entry.get("name") or f"{number} {photo.stem}"
-        request = GenerateRequest(
-            prompt=entry["prompt"],
-            identity_prompt=entry.get("identity_prompt") or "",
-            photo=photo,
-            num_inference_steps=_given(arguments.num_inference_steps, 50),
-            guidance_scale=_given(arguments.guidance_scale, 6.0),
-            seed=entry.get("seed", 42),
-        )
-        found.append(TuningCase(name, entry.get("person") or name, request))
-    return found
-
-
-def _given(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-
-def _check_entry(where: str, entry: Any) -> None:
-    if not isinstance(entry, Mapping):
-        raise InputError(f"{where} is {entry!r}; a case is an object with the keys photo and prompt")
-    unknown = sorted(set(entry) - {*_TEXTS, "seed"})
-    if unknown:
-        raise InputError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join((*_TEXTS, 'seed'))}")
-    for key in _TEXTS:
-        value = entry.get(key)
-        if (value is None and key in ("photo", "prompt")) or not isinstance(value, str | None):
-            raise InputError(f"{where}: {key} is {value!r}; it is text")
-    if type(entry.get("seed", 0)) is not int:
-        raise InputError(f"{where}: seed is {entry['seed']!r}; it is a whole number")
 
 
 def _about(
