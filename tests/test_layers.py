@@ -12,7 +12,7 @@ import pytest
 LAYERS = (
     ("errors", "_files", "reporting", "testing"),
     ("kernels",),
-    ("weights", "model", "stages"),
+    ("weights", "model", "stages", "onnx_shapes", "graph_memory"),
     (
         "identity",
         "component_configs",
@@ -36,6 +36,7 @@ LAYERS = (
         "schedulers",
         "tokens",
         "vae_decode",
+        "memory_plan",
         "stage_cache",
         "stage_calls",
         "conditioning",

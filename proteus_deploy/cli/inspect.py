@@ -11,8 +11,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from proteus_deploy.cli.memory_table import add_memory_arguments, refuse_stray_flags, run_memory
 from proteus_deploy.cli.output import print_json, print_table
 from proteus_deploy.cli.paths import kind_of, open_bundle
+from proteus_deploy.errors import InputError
 
 if TYPE_CHECKING:
     from proteus_deploy.bundle import Bundle
@@ -50,12 +52,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engines", action="store_true", help="show the engine reports of a bundle instead of what it holds"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+    add_memory_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what is in the folder and return 0. Raises InputError when it is neither, or damaged."""
+    refuse_stray_flags(arguments)
     if arguments.engines:
         return _run_engines(arguments)
+    if arguments.memory:
+        if kind_of(arguments.path) == "checkpoint":
+            raise InputError(
+                f"{arguments.path} is a checkpoint; --memory reads a bundle's graphs, so export it"
+            )
+        return run_memory(open_bundle(arguments.path), arguments)
     if kind_of(arguments.path) == "checkpoint":
         from proteus_deploy.checkpoint import Checkpoint
 
@@ -74,7 +84,6 @@ def run(arguments: argparse.Namespace) -> int:
 def _run_engines(arguments: argparse.Namespace) -> int:
     """Print the reports that `build` wrote. Raises InputError for a checkpoint, BundleError when damaged."""
     from proteus_deploy.cli.engine_table import print_engine_reports
-    from proteus_deploy.errors import InputError
     from proteus_deploy.export.engine_report_page import report_document
 
     if kind_of(arguments.path) == "checkpoint":
