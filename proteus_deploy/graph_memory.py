@@ -40,12 +40,14 @@ class Fusion:
 @dataclass(frozen=True)
 class GraphMemory:
     """Bytes. weights: by ONNX type, those of 4 bits packed. activations: the most at one time, with inputs
-    and outputs; at: the node where that is. largest_weight: of one tensor."""
+    and outputs; at: the node where that is. largest_weight: of one tensor. external: of the weights, those
+    in a file beside the graph, which runtimes map."""
 
     weights: Mapping[str, int]
     activations: int
     at: str
     largest_weight: int
+    external: int = 0
 
     @property
     def weight_bytes(self) -> int:
@@ -59,13 +61,14 @@ def graph_memory(model: Any, shapes: Mapping[str, Sequence[int]], fusion: Fusion
     """
     tensors = infer_tensors(model, shapes)
     weights: dict[str, int] = defaultdict(int)
-    largest = 0
+    largest = external = 0
     for tensor in model.graph.initializer:
         info = tensors[tensor.name]
         weights[info.dtype] += info.bytes
         largest = max(largest, info.bytes)
+        external += info.bytes if tensor.external_data else 0
     activations, at = _Lifetimes(model, tensors, fusion).peak()
-    return GraphMemory(dict(sorted(weights.items())), activations, at, largest)
+    return GraphMemory(dict(sorted(weights.items())), activations, at, largest, external)
 
 
 class _Lifetimes:

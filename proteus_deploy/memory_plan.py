@@ -30,14 +30,14 @@ _BEFORE, _DENOISE, _DECODE = "before the loop", "denoising", "decoding"
 class Runtime:
     """What a backend does with memory: assumptions.
 
-    loading: copies of the weights while a graph is opened; weights: copies afterwards. activations: bytes
-    taken for each byte that has to be there at one time. on_host: video and networks share one memory.
-    streams: weights can stay in host memory. text: the assumptions as sentences.
+    embedded: bytes taken for a byte of weights inside the ONNX file; external: for one in the file beside it.
+    activations: bytes taken for a byte that has to be there at one time. on_host: video and networks share
+    one memory. streams: weights can stay in host memory. text: the assumptions as sentences.
     """
 
     fusion: Fusion
-    loading: float
-    weights: float
+    embedded: float
+    external: float
     activations: float
     on_host: bool
     streams: bool
@@ -47,29 +47,29 @@ class Runtime:
 RUNTIMES: Mapping[str, Runtime] = {
     "onnxruntime": Runtime(
         Fusion(),
-        loading=3.0,
-        weights=2.0,
-        activations=1.5,
+        embedded=3.0,
+        external=1.05,
+        activations=2.5,
         on_host=True,
         streams=False,
-        text="attention writes its scores; quantised weights are dequantised for each call; a file is held "
-        "beside its weights while it is read, and products keep a packed copy; the arena takes half as much "
-        "again as is in use",
+        text="attention writes its scores; quantised weights are dequantised for each call; weights inside a "
+        "graph's file are held 3 times, those beside it 1.05 times; the arena takes 2.5 bytes for each byte "
+        "of activations in use (factors found by measuring, see docs/inspect.md)",
     ),
     "eager": Runtime(
         Fusion(attention=True),
-        loading=1.0,
-        weights=1.0,
-        activations=1.5,
+        embedded=1.25,
+        external=1.25,
+        activations=2.0,
         on_host=True,
         streams=False,
-        text="attention is fused and writes no scores; weights are read one by one; kernels and names that "
-        "outlive their use take half as much again as has to be there",
+        text="attention is fused and writes no scores; weights take 1.25 bytes a byte, what was needed to "
+        "read them included, and activations 2 (factors found by measuring, see docs/inspect.md)",
     ),
     "tensorrt": Runtime(
         Fusion(attention=True, dequantize=True),
-        loading=1.0,
-        weights=1.0,
+        embedded=1.0,
+        external=1.0,
         activations=1.0,
         on_host=False,
         streams=True,
@@ -91,8 +91,8 @@ class RequestSize:
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes of one stage. weights: by ONNX type; loading, running: most while it is opened, and while it runs
-    with only this stage's networks there. at: graph and node of the most activations."""
+    """Bytes of one stage. weights: by ONNX type. held: what its open networks take; activations: the most
+    while one of them runs; at: graph and node where that is. streamed: weights on the GPU while streaming."""
 
     stage: str
     graphs: tuple[str, ...]
@@ -100,13 +100,13 @@ class StageMemory:
     weight_bytes: int
     activations: int
     at: str
-    loading: int
-    running: int
+    held: int
     streamed: int
 
     @property
     def peak(self) -> int:
-        return max(self.loading, self.running)
+        """With only this stage's networks there."""
+        return self.held + self.activations
 
 
 @dataclass(frozen=True)
@@ -215,14 +215,11 @@ def combine(name: str, found: Mapping[str, GraphMemory], runtime: Runtime) -> St
     weight_bytes = sum(weights.values())
     widest = max(found, key=lambda graph: found[graph].activations)
     activations = int(runtime.activations * found[widest].activations)
-    held = int(runtime.weights * weight_bytes)
-    largest_file = max(graph.weight_bytes for graph in found.values())
-    opened = int(runtime.weights * (weight_bytes - largest_file)) + int(runtime.loading * largest_file)
+    outside = sum(graph.external for graph in found.values())
+    held = int(runtime.external * outside + runtime.embedded * (weight_bytes - outside))
     streamed = 2 * max(graph.largest_weight for graph in found.values())
     at = f"{widest}: {found[widest].at}"
-    return StageMemory(
-        name, tuple(found), weights, weight_bytes, activations, at, opened, held + activations, streamed
-    )
+    return StageMemory(name, tuple(found), weights, weight_bytes, activations, at, held, streamed)
 
 
 def _policies(
@@ -249,14 +246,13 @@ def _policies(
                 continue
             kept = everything if together else sum(keep(stage) for stage in active)
             running = kept + max(stage.activations for stage in active)
-            opening = kept + max(stage.loading - stage.running + stage.activations for stage in active)
-            phases[phase] = max(running, opening) + (host if phase == _DECODE else 0)
+            phases[phase] = running + (host if phase == _DECODE else 0)
         phase = max(phases, key=lambda name: phases[name])
         fits = None if device_bytes is None else phases[phase] <= device_bytes
         found.append(PolicyMemory(policy, phases[phase], phase, fits))
 
     def whole(stage: StageMemory) -> int:
-        return stage.running - stage.activations
+        return stage.held
 
     add("all resident", whole, together=True, tiles=False)
     add("all resident, --vae-tiling", whole, together=True, tiles=True)

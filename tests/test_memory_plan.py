@@ -195,6 +195,12 @@ def test_file_that_is_no_graph(tmp_path: Path) -> None:
         read_model(tmp_path / "a.onnx")
 
 
+def test_weights_beside_the_graph_are_counted_apart() -> None:
+    runtime = RUNTIMES["onnxruntime"]
+    stage = combine("one", {"one": GraphMemory({"FLOAT": 1000}, 0, "a", 300, external=800)}, runtime)
+    assert stage.held == int(runtime.external * 800 + runtime.embedded * 200)
+
+
 def test_stage_holds_all_of_its_graphs() -> None:
     runtime = RUNTIMES["eager"]
     graphs = {
@@ -203,8 +209,8 @@ def test_stage_holds_all_of_its_graphs() -> None:
     }
     stage = combine("decoder", graphs, runtime)
     assert stage.weights == {"FLOAT": 1600, "INT8": 8}
-    assert stage.running == int(runtime.weights * 1608) + int(runtime.activations * 900)
-    assert stage.loading == int(runtime.weights * 608) + int(runtime.loading * 1000)
+    assert stage.held == int(runtime.embedded * 1608)
+    assert stage.peak == stage.held + int(runtime.activations * 900)
     assert stage.at == "two: b"
     assert stage.streamed == 600
 
@@ -222,7 +228,7 @@ def test_plan_of_a_bundle(parity_bundle: Path) -> None:
     assert not any(policy.fits for policy in plan.policies)
     assert all(policy.fits for policy in plan_memory(bundle, RequestSize(), device_bytes=1 << 50).policies)
     weights = sum(stage.weight_bytes for stage in plan.stages)
-    assert peaks["all resident"] > RUNTIMES["onnxruntime"].weights * weights
+    assert peaks["all resident"] > RUNTIMES["onnxruntime"].embedded * weights
     streamed = plan_memory(bundle, RequestSize(), backend="tensorrt")
     assert "weight streaming" in {policy.policy for policy in streamed.policies}
     json.dumps(plan.to_json())
@@ -232,7 +238,7 @@ def test_plan_of_a_bundle(parity_bundle: Path) -> None:
     ("size", "message"),
     [
         (RequestSize(height=33), "height is 33; it must be a multiple of 16"),
-        (RequestSize(width=16 * 1000), "token columns"),
+        (RequestSize(width=16 * 1000), r"columns \(width / \d+\) \(\w\) is \d+; the declared range is"),
         (RequestSize(num_frames=1), "num_frames is 1; a video has at least 2 latent frames"),
     ],
 )
