@@ -89,6 +89,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             export_bundle(open_size(size, work), folder, reference="none")
         rows += measure_bundle(size, Bundle.open(folder), work)
+        _write(given.json, rows)  # what is there stays when the next size is stopped
+    print(f"wrote {given.json}")
+    return 0 if all(row["status"] == "ok" for row in rows) else 1
+
+
+def _write(file: Path, rows: list[dict[str, Any]]) -> None:
     document = {
         "machine": describe_machine(),
         "versions": describe_versions(),
@@ -98,9 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "summary": summary(rows),
         "rows": rows,
     }
-    write_json(given.json, document)
-    print(f"wrote {given.json}")
-    return 0 if all(row["status"] == "ok" for row in rows) else 1
+    write_json(file, document)
 
 
 if __name__ == "__main__":
