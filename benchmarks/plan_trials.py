@@ -15,7 +15,7 @@ from proteus_deploy.evaluate.measure import measure_video
 from proteus_deploy.evaluate.measurements import VideoMeasurement
 from proteus_deploy.evaluate.metrics import METRICS
 from proteus_deploy.optical_flow import DisFlow
-from proteus_deploy.policies.calibration import MagnitudeRecorder
+from proteus_deploy.policies.calibration import ChangeRecorder, MagnitudeRecorder
 from proteus_deploy.policies.plan import Plan
 from proteus_deploy.policies.reuse import REUSES, Reuse
 from proteus_deploy.reporting import Report, no_report
@@ -78,6 +78,7 @@ class PlanTrials:
         self._pipeline, self._cases, self._budget = pipeline, cases, budget
         self._encoders, self._report = encoders, report
         self._recorders = {reuse: MagnitudeRecorder(reuse) for reuse in REUSES}
+        self.changes = ChangeRecorder()  # of the exact runs
         self._exact: list[NDArray[np.uint8]] = []
         self._baseline: list[VideoMeasurement] = []
 
@@ -90,6 +91,7 @@ class PlanTrials:
         """Nothing left out; what the others are compared with."""
 
         def record(event: Any) -> None:
+            self.changes(event)
             for recorder in self._recorders.values():
                 recorder(event)
 

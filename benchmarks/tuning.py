@@ -1,24 +1,22 @@
 """`tune`: the plan that leaves out most work while the videos stay inside a quality budget.
 
-First each policy alone is made bolder until its videos break the budget; then the boldest settings that
-passed are combined. Work is counted and not timed: rows of the denoiser that were computed, by the rows of
-the exact loop. So the same seeds give the same plan on every machine of a kind.
+Of each policy alone the boldest setting inside the budget is found by halving, then step caches and savings
+of guidance are combined. What passes may still fit these cases alone, so it is tried on others, the cheapest
+first, and the first that passes there too is chosen. Work is counted and not timed: rows of the denoiser that
+were computed, by the rows of the exact loop. So the same seeds give the same plan on every machine of a kind.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from proteus_deploy.benchmarks.plan_families import POLICIES, NamedPlan, plan_families
 from proteus_deploy.benchmarks.plan_trials import PlanTrials, Trial, TuningCase
 from proteus_deploy.errors import InputError
 from proteus_deploy.evaluate.budget import Bound, Budget
-from proteus_deploy.policies.guided_steps import GuidanceInterval, GuidanceReuse
-from proteus_deploy.policies.plan import Plan
-from proteus_deploy.policies.reuse import REUSES, Reuse
-from proteus_deploy.policies.step_cache import EasyCache, MagCache
 from proteus_deploy.reporting import Report, no_report
 
 if TYPE_CHECKING:
@@ -37,17 +35,18 @@ DEFAULT_BUDGET = Budget(
     ),
     name="30 dB, 0.01 of likeness, 5 % of motion",
 )
-_THRESHOLDS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 0.8, 1.0, 1.28)
-_EVERY = (2, 3, 4, 6, 10)
-_LOWEST = (100, 200, 300, 400, 500, 600, 700, 800, 900)
 
 
 @dataclass(frozen=True, eq=False)
 class Tuning:
-    """All trials in the order they were made, the first with nothing left out, and the chosen one."""
+    """All trials in the order they were made, the first with nothing left out, and the chosen one.
+
+    checks: what was tried again on the cases kept out of the search, in order; the last is the chosen plan's.
+    """
 
     trials: tuple[Trial, ...]
     chosen: Trial
+    checks: tuple[Trial, ...] = ()
 
     def front(self, metric: str = "psnr") -> tuple[Trial, ...]:
         """Trials that no other beats in both work and that measure (higher is better), least work first."""
@@ -65,14 +64,17 @@ def search_plan(
     budget: Budget,
     encoders: Encoders,
     *,
+    check_cases: Sequence[TuningCase] = (),
+    policies: Collection[str] = POLICIES,
     report: Report = no_report,
 ) -> Tuning:
-    """Try plans on the cases; the chosen one passes the budget with the least work.
+    """Try plans on the cases; the chosen one passes the budget with the least work, on `check_cases` too.
 
+    policies: which of `POLICIES` may be used.
     Raises InputError for no cases, cases of different schedules or with a plan, and a budget that even the
     exact videos break.
     """
-    _check_cases(cases)
+    _check_cases([*cases, *check_cases] if cases else [])
     bench = PlanTrials(pipeline, cases, budget, encoders, report)
     exact = bench.exact()
     if not exact.gate.passed:
@@ -84,21 +86,43 @@ def search_plan(
     caches: list[Trial] = []  # the boldest of each family that passed
     guidances: list[Trial] = []
     guided = cases[0].request.guided
-    for sweep in _sweeps(bench.ratios, guided=guided):
-        boldest: Trial | None = None
-        for name, plan in sweep:
-            trial = bench.trial(name, plan)
-            trials.append(trial)
-            if not trial.gate.passed:
-                break  # a bolder one only strays further
-            boldest = trial
+    for family in plan_families(policies, bench.ratios, bench.changes, guided=guided):
+        tried, boldest = _halve(bench, family)
+        trials += tried
         if boldest is not None:
             (guidances if boldest.plan.step_cache is None else caches).append(boldest)
     for cache, guidance in itertools.product(caches, guidances):
         plan = replace(guidance.plan, step_cache=cache.plan.step_cache)
         trials.append(bench.trial(f"{cache.name}, {guidance.name}", plan))
-    good = [trial for trial in trials if trial.gate.passed]
-    return Tuning(tuple(trials), min(good, key=lambda one: (one.work, -one.means.get("psnr", 0.0))))
+    good = sorted(
+        (trial for trial in trials if trial.gate.passed),
+        key=lambda one: (one.work, -one.means.get("psnr", 0.0)),
+    )
+    if not check_cases:
+        return Tuning(tuple(trials), good[0])
+    others = PlanTrials(pipeline, check_cases, budget, encoders, report)
+    others.exact()
+    checks: list[Trial] = []
+    for chosen in good:
+        checks.append(others.trial(f"{chosen.name}, again", chosen.plan))
+        if checks[-1].gate.passed:
+            break  # at the latest the exact one
+    return Tuning(tuple(trials), chosen, tuple(checks))
+
+
+def _halve(bench: PlanTrials, family: Sequence[NamedPlan]) -> tuple[list[Trial], Trial | None]:
+    """What was tried of plans from careful to bold, and the boldest that passes: bolder ones stray more."""
+    tried: list[Trial] = []
+    boldest: Trial | None = None
+    low, high = 0, len(family)  # all before `low` pass, all from `high` on don't
+    while low < high:
+        middle = (low + high) // 2
+        tried.append(bench.trial(*family[middle]))
+        if tried[-1].gate.passed:
+            boldest, low = tried[-1], middle + 1
+        else:
+            high = middle
+    return tried, boldest
 
 
 def _check_cases(cases: Sequence[TuningCase]) -> None:
@@ -113,28 +137,3 @@ def _check_cases(cases: Sequence[TuningCase]) -> None:
     planned = next((case for case in cases if case.request.plan is not None), None)
     if planned is not None:
         raise InputError(f"case {planned.name} has a plan; tuning starts from exact requests: take it out")
-
-
-def _sweeps(
-    ratios: Mapping[Reuse, tuple[float, ...]], *, guided: bool
-) -> Iterator[Iterator[tuple[str, Plan]]]:
-    """Of every family its named plans, from careful to bold."""
-    for reuse in REUSES:
-        yield _easy_caches(reuse)
-        yield _mag_caches(reuse, ratios[reuse])
-    if guided:
-        yield ((f"guidance every {n}", Plan(guidance_reuse=GuidanceReuse(every=n))) for n in _EVERY)
-        yield (
-            (f"guidance from {low}", Plan(guidance_interval=GuidanceInterval(lowest=low))) for low in _LOWEST
-        )
-
-
-def _easy_caches(reuse: Reuse) -> Iterator[tuple[str, Plan]]:
-    for value in _THRESHOLDS:
-        yield f"easycache {reuse} {value:g}", Plan(step_cache=EasyCache(threshold=value, reuse=reuse))
-
-
-def _mag_caches(reuse: Reuse, ratios: tuple[float, ...]) -> Iterator[tuple[str, Plan]]:
-    for value in _THRESHOLDS:
-        cache = MagCache(threshold=value, ratios=ratios, reuse=reuse)
-        yield f"magcache {reuse} {value:g}", Plan(step_cache=cache)

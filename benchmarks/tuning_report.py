@@ -35,11 +35,13 @@ def row(trial: Trial) -> list[str]:
 def tuning_document(tuning: Tuning, about: Mapping[str, Any]) -> dict[str, Any]:
     """JSON of all trials, the front and the choice. about: machine, versions, commit, settings."""
     return {
-        "what": "plans tried for a model, by the share of denoiser rows that they compute",
+        "what": "plans tried for a model, by the share of denoiser rows that they compute; checks: those "
+        "tried again on cases that the search had not seen",
         **about,
         "chosen": tuning.chosen.name,
         "front": [trial.name for trial in tuning.front()],
         "trials": [trial.to_json() for trial in tuning.trials],
+        "checks": [trial.to_json() for trial in tuning.checks],
     }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from proteus_deploy.benchmarks.plan_families import POLICIES
 from proteus_deploy.cli.request_cases import add_case_arguments, cases_of
 from proteus_deploy.errors import InputError
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 NAME = "tune"
 HELP = "find the plan that leaves out most work inside a quality budget"
 
+_CACHE_BYTES = 1 << 30
 _BACKENDS = ("onnxruntime", "openvino", "tensorrt", "eager", "compiled")
 
 
@@ -32,6 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="PLAN.json", help="file for the plan")
     add_case_arguments(parser)
+    parser.add_argument(
+        "--check",
+        type=int,
+        metavar="N",
+        help="so many last cases the search doesn't see, and the plan must pass them too (default: a third)",
+    )
+    parser.add_argument(
+        "--policy", action="append", choices=POLICIES, help="use only this one; repeatable (default: all)"
+    )
     parser.add_argument("--budget", type=Path, metavar="FILE", help="TOML of bounds (default: docs/tune.md)")
     parser.add_argument("--encoders", type=Path, metavar="DIR", help="networks that measure the videos")
     parser.add_argument("--backend", choices=_BACKENDS, help="as for generate")
@@ -61,12 +72,24 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"{arguments.path} needs {missing}: only the model that ships brings its own")
     budget = _budget(arguments.budget)
     cases = cases_of(arguments)
+    kept_out = _kept_out(arguments.check, len(cases))
     encoders = load_encoders(arguments.encoders or ENCODERS)
     with _open(arguments) as pipeline, PhaseProgress() as progress:
-        tuning = search_plan(pipeline, cases, budget, encoders, report=progress)
+        tuning = search_plan(
+            pipeline,
+            cases[: len(cases) - kept_out],
+            budget,
+            encoders,
+            check_cases=cases[len(cases) - kept_out :],
+            policies=arguments.policy or POLICIES,
+            report=progress,
+        )
         about = _about(arguments, budget, cases, pipeline)
     ordered = sorted(tuning.trials, key=lambda trial: trial.work)
     print_table(HEADERS, [row(trial) for trial in ordered])
+    if tuning.checks:
+        print(f"\nagain, on {kept_out} cases that the search had not seen:")
+        print_table(HEADERS, [row(trial) for trial in tuning.checks])
     print(f"\n{tuning.chosen.name}: {tuning.chosen.work:.0%} of the rows, within “{budget.name}”")
     tuning.chosen.plan.save(arguments.output)
     document = tuning_document(tuning, about)
@@ -76,6 +99,17 @@ def run(arguments: argparse.Namespace) -> int:
         bound = next((one.limit for one in budget.bounds if (one.metric, one.kind) == ("psnr", "min")), None)
         write_text(arguments.report, page(tuning, document, bound))
     return 0
+
+
+def _kept_out(check: int | None, cases: int) -> int:
+    """Number of cases for checking. Raises InputError when it leaves the search without any."""
+    if check is None:
+        return cases // 3
+    if not 0 <= check < cases:
+        raise InputError(
+            f"--check is {check}; of {cases} cases it can keep 0 to {cases - 1} out of the search"
+        )
+    return check
 
 
 def _budget(file: Path | None) -> Budget:
@@ -89,8 +123,10 @@ def _budget(file: Path | None) -> Budget:
 def _open(arguments: argparse.Namespace) -> Pipeline:
     from proteus_deploy.cli.paths import kind_of, open_bundle
     from proteus_deploy.pipeline import Pipeline
+    from proteus_deploy.stage_cache import StageCache
     from proteus_deploy.tiny.trained import MODEL
 
+    cache = StageCache(_CACHE_BYTES)  # every plan meets the same photos and prompts
     path = MODEL if arguments.path is None else arguments.path
     if kind_of(path) == "bundle":
         if arguments.dtype is not None:
@@ -98,7 +134,7 @@ def _open(arguments: argparse.Namespace) -> Pipeline:
         if arguments.attention is not None:
             raise InputError("--attention is for checkpoints; a bundle's graphs have their own")
         backend = arguments.backend or "onnxruntime"
-        return Pipeline.from_bundle(open_bundle(path), backend=backend, device=arguments.device)
+        return Pipeline.from_bundle(open_bundle(path), backend=backend, device=arguments.device, cache=cache)
     backend = arguments.backend or "eager"
     if backend not in ("eager", "compiled"):
         raise InputError(f"--backend {backend} runs bundles and {path} is a checkpoint; export it first")
@@ -108,6 +144,7 @@ def _open(arguments: argparse.Namespace) -> Pipeline:
         dtype=arguments.dtype,
         compiled=backend == "compiled",
         attention=arguments.attention or "torch",
+        cache=cache,
     )
 
 
@@ -131,5 +168,7 @@ def _about(
             "num_inference_steps": request.num_inference_steps,
             "guidance_scale": request.guidance_scale,
             "cases": [case.name for case in cases],
+            "check": _kept_out(arguments.check, len(cases)),
+            "policies": list(arguments.policy or POLICIES),
         },
     }

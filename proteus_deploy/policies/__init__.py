@@ -10,6 +10,7 @@ from proteus_deploy.policies.guided_steps import GuidanceInterval, GuidanceReuse
 from proteus_deploy.policies.identity_gate import IdentityGate
 from proteus_deploy.policies.plan import Plan, plan_from_json, read_plan
 from proteus_deploy.policies.step_cache import CONSISID_COEFFICIENTS, EasyCache, MagCache, StepCache, TeaCache
+from proteus_deploy.policies.step_schedule import StepSchedule, choose_steps
 
 __all__ = [
     "CONSISID_COEFFICIENTS",
@@ -20,7 +21,9 @@ __all__ = [
     "MagCache",
     "Plan",
     "StepCache",
+    "StepSchedule",
     "TeaCache",
+    "choose_steps",
     "plan_from_json",
     "read_plan",
 ]

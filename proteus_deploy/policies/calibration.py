@@ -1,4 +1,4 @@
-"""The numbers that MagCache and TeaCache need of a checkpoint and a schedule, from one recorded run each."""
+"""What MagCache, TeaCache and step schedules need of a checkpoint and a schedule, from recorded runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from proteus_deploy.errors import InputError
 from proteus_deploy.model.layers import TimestepMLP, sinusoid
 from proteus_deploy.model.transformer import OFS
-from proteus_deploy.policies.reuse import Reuse, keep
+from proteus_deploy.policies.reuse import Prediction, Reuse, keep
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,19 +32,11 @@ class MagnitudeRecorder:
         self._runs: list[list[float]] = []
 
     def __call__(self, event: StepEvent) -> None:
-        if not event.computed or event.prediction is None:
-            raise InputError(
-                f"step {event.index + 1} of {event.total} was not computed; magnitudes are recorded on exact "
-                "runs: take the step cache out of the plan"
-            )
+        now = _exact_prediction(event, "magnitudes")
         if event.index == 0:
             if self._runs and event.total != len(self._runs[0]):
-                raise InputError(
-                    f"a run of {event.total} steps after one of {len(self._runs[0])}; ratios belong to one "
-                    "schedule: use another recorder for it"
-                )
+                raise _other_schedule(event, len(self._runs[0]), "ratios")
             self._runs.append([])
-        now = event.prediction
         kept = keep(self.reuse, now.positive, now.latents, now.levels)
         self._runs[-1].append(float(kept.norm()))
 
@@ -61,6 +53,66 @@ class MagnitudeRecorder:
             raise InputError(f"a step's {self.reuse} has magnitude 0; record it with another reuse")
         ratios: list[float] = (norms[:, 1:] / norms[:, :-1]).mean(0).tolist()
         return (1.0, *ratios)
+
+
+class ChangeRecorder:
+    """Pass it as `on_step` to exact runs of one schedule; `choose_steps` finds the steps worth computing.
+
+    differences[i][t]: mean squared difference of the clean videos x0 = a x - s v that steps i < t gave, over
+    all values and runs. signals[t]: a of step t. Raises InputError for a run that left steps out or has
+    another number of steps. It holds one run's clean videos at a time.
+    """
+
+    def __init__(self) -> None:
+        self.signals: list[float] = []
+        self._sums: Tensor | None = None
+        self._runs = 0
+        self._clean: list[Tensor] = []
+
+    def __call__(self, event: StepEvent) -> None:
+        now = _exact_prediction(event, "changes")
+        if event.index == 0:
+            self._clean = []
+            if self._sums is None:
+                self._sums = torch.zeros(event.total, event.total, dtype=torch.float64)
+            if event.total != len(self._sums):
+                raise _other_schedule(event, len(self._sums), "changes")
+        assert self._sums is not None
+        if not self._runs:
+            self.signals.append(now.levels.signal)
+        clean = keep("clean", now.positive, now.latents, now.levels)
+        for step, earlier in enumerate(self._clean):
+            self._sums[step, event.index] += (clean - earlier).square().mean().double().cpu()
+        self._clean.append(clean)
+        if event.index == event.total - 1:
+            self._runs += 1
+            self._clean = []
+
+    @property
+    def differences(self) -> list[list[float]]:
+        """Raises InputError before a run was recorded to its end, and when the last one was cut short."""
+        if self._sums is None or not self._runs:
+            raise InputError("no run was recorded; pass the recorder as on_step to Pipeline.generate")
+        if self._clean:
+            raise InputError(f"the last run ended after {len(self._clean)} steps; record whole runs only")
+        table: list[list[float]] = (self._sums / self._runs).tolist()
+        return table
+
+
+def _exact_prediction(event: StepEvent, what: str) -> Prediction:
+    if not event.computed or event.prediction is None:
+        raise InputError(
+            f"step {event.index + 1} of {event.total} was not computed; {what} are recorded on exact "
+            "runs: take the step cache out of the plan"
+        )
+    return event.prediction
+
+
+def _other_schedule(event: StepEvent, steps: int, what: str) -> InputError:
+    return InputError(
+        f"a run of {event.total} steps after one of {steps}; {what} belong to one schedule: use another "
+        "recorder for it"
+    )
 
 
 @torch.no_grad()

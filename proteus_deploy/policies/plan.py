@@ -13,11 +13,14 @@ from proteus_deploy.model.config import shortened
 from proteus_deploy.policies.guided_steps import GuidanceInterval, GuidanceReuse
 from proteus_deploy.policies.identity_gate import IdentityGate
 from proteus_deploy.policies.step_cache import EasyCache, MagCache, StepCache, TeaCache
+from proteus_deploy.policies.step_schedule import StepSchedule
 from proteus_deploy.weights import read_json
 
 SCHEMA_VERSION = 1
 _KIND = "proteus_deploy plan"
-_STEP_CACHES: dict[str, type[StepCache]] = {cache.kind: cache for cache in (EasyCache, MagCache, TeaCache)}
+_STEP_CACHES: dict[str, type[StepCache]] = {
+    cache.kind: cache for cache in (EasyCache, MagCache, TeaCache, StepSchedule)
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from proteus_deploy.guidance import combine_guidance
 from proteus_deploy.policies.plan import Plan
-from proteus_deploy.policies.reuse import Levels, Prediction, keep, restore
+from proteus_deploy.policies.reuse import Levels, Prediction, follow_trend, keep, restore
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +41,7 @@ class _Kept:
     positive: Tensor
     negative: Tensor | None
     gate: float
+    angle: float
 
 
 class PlanRun:
@@ -55,6 +56,7 @@ class PlanRun:
         self._age = 0.0
         self._skips = 0
         self._kept: _Kept | None = None
+        self._before: _Kept | None = None  # the one computed before it, where a trend is followed
         self._current: Prediction | None = None
         self._difference: tuple[int, Tensor] | None = None  # step, positive - negative
         self._record: dict[str, list[int]] = {"computed": [], "skipped": [], "both_prompts": []}
@@ -99,7 +101,9 @@ class PlanRun:
             for part in (positive, negative)
         ]
         assert kept[0] is not None
-        self._kept = _Kept(kept[0], kept[1], step.gate)
+        if cache.trend > 0:
+            self._before = self._kept
+        self._kept = _Kept(kept[0], kept[1], step.gate, step.levels.angle)
 
     def prediction(self) -> Prediction:
         """Of the current step, computed or reused."""
@@ -123,11 +127,11 @@ class PlanRun:
             return False
         # Asked in every step: the estimators follow the latents, and ages add up over steps.
         self._age += self._estimator.ageing(index, latents)
-        if kept is None or index < cache.warmup or index >= len(self._timesteps) - cache.last:
+        if kept is None or cache.computes(index, len(self._timesteps), self._skips):
             return False
         if kept.gate != gate or (guided and kept.negative is None):
             return False  # what was kept answers another question
-        return self._age < cache.threshold and (cache.max_skips is None or self._skips < cache.max_skips)
+        return self._age < cache.limit
 
     def _may_reuse_difference(self, index: int) -> bool:
         reuse = self._plan.guidance_reuse
@@ -141,8 +145,15 @@ class PlanRun:
         cache, kept = self._plan.step_cache, self._kept
         assert cache is not None
         assert kept is not None
-        positive = restore(cache.reuse, kept.positive, step.latents, step.levels)
-        negative = None
+        before = self._before or kept
+
+        def restored(last: Tensor, earlier: Tensor | None) -> Tensor:
+            if cache.trend > 0 and earlier is not None and before is not kept and before.gate == kept.gate:
+                angles = before.angle, kept.angle, step.levels.angle
+                last = follow_trend(last, earlier, angles, cache.trend)
+            return restore(cache.reuse, last, step.latents, step.levels)
+
+        positive, negative = restored(kept.positive, before.positive), None
         if step.guided and kept.negative is not None:
-            negative = restore(cache.reuse, kept.negative, step.latents, step.levels)
+            negative = restored(kept.negative, before.negative)
         return Prediction(step.latents, step.levels, positive, negative)

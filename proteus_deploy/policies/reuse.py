@@ -8,10 +8,15 @@ a^2 + s^2 = 1, so that x = a x0 + s e and v = a e - s x0 for a clean video x0 an
     "velocity"   keeps v and gives it again
     "clean"      keeps x0 = a x - s v and gives v = (a x - x0) / s; with DDIM, which moves along constant x0
                  and e, the skipped step and the one before it are then together one longer step
+
+What is kept may also follow its own trend: q + share * ahead * (q - q'), for q and q' kept of the last
+computed step and of the one before it, and `ahead` the way from q's step to the skipped one by that from q'
+to q, in the angle of noise to signal. A share of 0 keeps q, 1 is the straight line through both.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -28,6 +33,11 @@ class Levels:
 
     signal: float
     noise: float
+
+    @property
+    def angle(self) -> float:
+        """atan(s / a): pi/2 at pure noise, 0 at the video."""
+        return math.atan2(self.noise, self.signal)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,3 +76,12 @@ def restore(reuse: Reuse, kept: Tensor, latents: Tensor, levels: Levels) -> Tens
     if reuse == "residual":
         return latents.float() + kept
     return (levels.signal * latents.float() - kept) / levels.noise
+
+
+def follow_trend(kept: Tensor, before: Tensor, angles: tuple[float, float, float], share: float) -> Tensor:
+    """What was kept of the last computed step, moved on along its change since the one before it.
+
+    angles: of the step before, of the last computed one, and of the step to be restored, all different.
+    """
+    earlier, last, now = angles
+    return kept + share * (now - last) / (last - earlier) * (kept - before)

@@ -1,9 +1,10 @@
 """Step caches: leave out a whole denoiser call while its result is expected to change little.
 
 They see a step's number, its latents and the velocity that came out, and so work with every backend.
-All three estimate how far the kept result has aged, add that up, and let steps reuse it while the sum stays
-below `threshold`. They differ in the estimate. x_t, v_t: latents and velocity of step t; i: the last
-computed step, j: the computed one before it; |.|: mean absolute value.
+Three of them estimate how far the kept result has aged, add that up, and let steps reuse it while the sum
+stays below `threshold`; the fourth, `step_schedule.StepSchedule`, has a list of the steps to compute. The
+three differ in the estimate. x_t, v_t: latents and velocity of step t; i: the last computed step, j: the
+computed one before it; |.|: mean absolute value.
 
     EasyCache   k |x_t - x_(t-1)| / |v_i|   with the rate k = |v_i - v_j| / |x_i - x_j|    arXiv 2507.02860
     MagCache    |1 - g_(i+1) ... g_t|       with calibrated ratios g of kept magnitudes     arXiv 2506.09045
@@ -42,12 +43,10 @@ class Estimator(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class StepCache(ABC):
-    """What the three have in common.
+    """What all step caches have in common.
 
-    threshold: steps are reused while the accumulated estimate is below it; 0 computes every step.
-    warmup, last: that many first and last steps are always computed.
-    max_skips: at most so many skipped steps in a row; None for no such bound.
     reuse: what a skipped step makes of the kept one; see `policies/reuse.py`.
+    trend: share, 0 to 1, of the kept result's last change that skipped steps go on with; 0 keeps it as it is.
 
     Raises InputError for a value outside its range.
     """
@@ -55,20 +54,13 @@ class StepCache(ABC):
     kind: ClassVar[str]
     needs_latents: ClassVar[bool] = False  # whether the choice depends on more than the step's number
 
-    threshold: float
-    warmup: int = 5
-    last: int = 1
-    max_skips: int | None = None
     reuse: Reuse = "residual"
+    trend: float = 0.0
 
     def __post_init__(self) -> None:
-        self._set("threshold", checked_number(self.kind, "threshold", self.threshold, low=0))
-        self._set("warmup", checked_count(self.kind, "warmup", self.warmup, low=1))
-        self._set("last", checked_count(self.kind, "last", self.last, low=0))
-        if self.max_skips is not None:
-            self._set("max_skips", checked_count(self.kind, "max_skips", self.max_skips, low=1))
         if self.reuse not in REUSES:
             raise InputError(f"{self.kind}: reuse is {self.reuse!r}; choose from {', '.join(REUSES)}")
+        self._set("trend", checked_number(self.kind, "trend", self.trend, low=0, high=1))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -83,13 +75,53 @@ class StepCache(ABC):
                 f"to one schedule: calibrate for {steps} steps, or ask for {len(values)}"
             )
 
+    @property
+    @abstractmethod
+    def limit(self) -> float:
+        """Steps may be left out while the sum of the estimates is below it."""
+
+    @abstractmethod
+    def computes(self, index: int, steps: int, skips: int) -> bool:
+        """Whether step `index` of `steps` is computed whatever the estimate, after so many skips in a row."""
+
     @abstractmethod
     def estimator(self) -> Estimator:
         """A fresh memory for one request."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EasyCache(StepCache):
+class ThresholdCache(StepCache):
+    """Step caches that go by an estimate.
+
+    threshold: steps are reused while the accumulated estimate is below it; 0 computes every step.
+    warmup, last: that many first and last steps are always computed.
+    max_skips: at most so many skipped steps in a row; None for no such bound.
+    """
+
+    threshold: float
+    warmup: int = 5
+    last: int = 1
+    max_skips: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("threshold", checked_number(self.kind, "threshold", self.threshold, low=0))
+        self._set("warmup", checked_count(self.kind, "warmup", self.warmup, low=1))
+        self._set("last", checked_count(self.kind, "last", self.last, low=0))
+        if self.max_skips is not None:
+            self._set("max_skips", checked_count(self.kind, "max_skips", self.max_skips, low=1))
+
+    @property
+    def limit(self) -> float:
+        return self.threshold
+
+    def computes(self, index: int, steps: int, skips: int) -> bool:
+        most = self.max_skips
+        return index < self.warmup or index >= steps - self.last or (most is not None and skips >= most)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EasyCache(ThresholdCache):
     """The estimate comes from the run itself; nothing is calibrated but the threshold."""
 
     kind: ClassVar[str] = "easycache"
@@ -100,7 +132,7 @@ class EasyCache(StepCache):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MagCache(StepCache):
+class MagCache(ThresholdCache):
     """ratios[t]: magnitude of what is kept at step t over that at step t-1, one for each step.
 
     `calibration.MagnitudeRecorder` records them for the same `reuse`; ratios[0] is never used.
@@ -123,7 +155,7 @@ class MagCache(StepCache):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeaCache(StepCache):
+class TeaCache(ThresholdCache):
     """changes[t]: relative change of the time embedding from step t-1 to t, one for each step.
 
     The published TeaCache of CogVideoX and ConsisID looks at the time embedding alone, so its input

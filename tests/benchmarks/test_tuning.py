@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 
-from proteus_deploy.benchmarks import tuning as module
-from proteus_deploy.benchmarks.plan_trials import TuningCase
+from proteus_deploy.benchmarks import plan_families as module
+from proteus_deploy.benchmarks.plan_trials import PlanTrials, TuningCase
 from proteus_deploy.benchmarks.published_form import use_published_form
 from proteus_deploy.benchmarks.tuning import search_plan
 from proteus_deploy.benchmarks.tuning_report import page, row, tuning_document
 from proteus_deploy.errors import InputError
 from proteus_deploy.evaluate.budget import Bound, Budget
 from proteus_deploy.evaluate.encoders import Encoders
+from proteus_deploy.evaluate.gate import check
+from proteus_deploy.evaluate.metrics import METRICS
 from proteus_deploy.pipeline import Pipeline
 from proteus_deploy.policies.plan import Plan
 from proteus_deploy.policies.step_cache import EasyCache
@@ -39,10 +41,13 @@ def _cases(small_request: Callable[..., GenerateRequest]) -> list[TuningCase]:
 @pytest.fixture(name="short_sweeps")
 def _short_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer settings of each policy: the search is the same."""
-    monkeypatch.setattr(module, "_THRESHOLDS", (0.0, 0.02, 100.0))
+    monkeypatch.setattr(module, "_THRESHOLDS", (0.0, 100.0, 200.0))
     monkeypatch.setattr(module, "REUSES", ("velocity",))
     monkeypatch.setattr(module, "_EVERY", (2,))
     monkeypatch.setattr(module, "_LOWEST", (200,))
+    monkeypatch.setattr(module, "_SHARES", (1.0, 0.3, 0.2))
+    monkeypatch.setattr(module, "_POWERS", (2.0,))
+    monkeypatch.setattr(module, "_TRENDS", (0.25,))
 
 
 @pytest.mark.usefixtures("short_sweeps")
@@ -59,6 +64,7 @@ def test_the_chosen_plan_is_the_cheapest_that_passes(
     # A threshold of 0 leaves nothing out: the same video, all the work.
     assert named["easycache velocity 0"].work == 1.0
     assert named["easycache velocity 0"].means["psnr"] == 100.0
+    assert named["schedule 3 power 2 trend 0.25"].work == 0.3
     assert any("," in name for name in named), "policies were never combined"
     combined = next(trial for name, trial in named.items() if "," in name)
     assert combined.plan.step_cache is not None
@@ -66,6 +72,31 @@ def test_the_chosen_plan_is_the_cheapest_that_passes(
     front = found.front()
     assert [trial.work for trial in front] == sorted(trial.work for trial in front)
     assert [trial.means["psnr"] for trial in front] == sorted(trial.means["psnr"] for trial in front)
+
+
+@pytest.mark.usefixtures("short_sweeps")
+def test_what_fits_the_cases_of_the_search_alone_is_not_chosen(
+    parity_pipeline: Pipeline, cases: list[TuningCase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second set of cases fails all that leaves work out: the next cheapest is taken, and the next."""
+    real = PlanTrials.trial
+
+    def strict(self: PlanTrials, name: str, plan: Plan) -> Any:
+        trial = real(self, name, plan)
+        if name.endswith(", again") and trial.work < 1:
+            worse = check(BUDGET, [], [], known=METRICS)
+            return replace(trial, gate=worse)
+        return trial
+
+    monkeypatch.setattr(PlanTrials, "trial", strict)
+    found = search_plan(parity_pipeline, cases[:1], BUDGET, Encoders(), check_cases=cases[1:])
+    assert found.chosen.work == 1
+    passing = [trial for trial in found.trials if trial.gate.passed]
+    assert len(found.checks) > 1
+    assert [trial.gate.passed for trial in found.checks] == [False] * (len(found.checks) - 1) + [True]
+    works = [trial.work for trial in found.checks]
+    assert works == sorted(trial.work for trial in passing)[: len(works)]
+    assert tuning_document(found, {})["checks"][-1]["name"] == f"{found.chosen.name}, again"
 
 
 @pytest.mark.usefixtures("short_sweeps")

@@ -8,28 +8,36 @@ from typing import Any
 
 import pytest
 
-from proteus_deploy.benchmarks import tuning
+from proteus_deploy.benchmarks import plan_families
 from proteus_deploy.cli.main import main
-from proteus_deploy.policies.plan import read_plan
+from proteus_deploy.policies.plan import plan_from_json, read_plan
 from proteus_deploy.tiny.trained import ENCODERS, MODEL
 
 
 def test_the_shipped_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(tuning, "_THRESHOLDS", (0.05,))
-    monkeypatch.setattr(tuning, "REUSES", ("velocity",))
-    monkeypatch.setattr(tuning, "_EVERY", (2,))
-    monkeypatch.setattr(tuning, "_LOWEST", ())
+    monkeypatch.setattr(plan_families, "_SHARES", (0.8,))
+    monkeypatch.setattr(plan_families, "_POWERS", (2.0,))
+    monkeypatch.setattr(plan_families, "_TRENDS", (0.0,))
+    monkeypatch.setattr(plan_families, "_EVERY", (2,))
+    monkeypatch.setattr(plan_families, "_LOWEST", ())
     plan, document, page = (tmp_path / name for name in ("plan.json", "tuning.json", "tuning.html"))
     words = ["--output", str(plan), "--json", str(document), "--report", str(page)]
-    assert main(["tune", "--people", "1", "--num-inference-steps", "8", *words]) == 0
+    policies = ["--policy", "schedule", "--policy", "guidance"]
+    size = ["--people", "2", "--check", "1", "--num-inference-steps", "8"]
+    assert main(["tune", *size, *policies, *words]) == 0
     found = json.loads(document.read_text())
     assert found["settings"]["model"] == "the tiny model that ships"
     assert found["trials"][0]["name"] == "exact"
     chosen = next(trial for trial in found["trials"] if trial["name"] == found["chosen"])
     assert chosen["passed"]
-    assert read_plan(plan).to_json() == chosen["plan"]
+    assert (len(found["settings"]["cases"]), found["settings"]["check"]) == (2, 1)
+    assert found["checks"][-1]["name"] == f"{found['chosen']}, again"
+    assert found["checks"][-1]["passed"]
+    kinds = {trial["plan"].get("step_cache", {}).get("kind") for trial in found["trials"]}
+    assert kinds == {None, "schedule"}
+    assert read_plan(plan) == plan_from_json(chosen["plan"])
     assert page.read_text().startswith("<!doctype html>")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["plan", "work", "psnr", "dB", "likeness", "motion", "budget"]
@@ -43,6 +51,7 @@ def test_the_shipped_model(
         ([str(MODEL), "--cases", "cases.json"], "needs --encoders"),
         (["--people", "0"], "--people is 0; choose 1 to 30"),
         (["--budget", "nowhere.toml"], "nowhere.toml"),
+        (["--check", "4"], "--check is 4; of 4 cases it can keep 0 to 3 out of the search"),
         (["--backend", "openvino"], "--backend openvino runs bundles"),
     ],
 )

@@ -20,6 +20,7 @@ from proteus_deploy.policies import (
     IdentityGate,
     MagCache,
     Plan,
+    StepSchedule,
     TeaCache,
     plan_from_json,
     read_plan,
@@ -91,8 +92,9 @@ def test_numpy_numbers_and_lists_become_pythons() -> None:
         EVERYTHING,
         Plan(step_cache=EasyCache(threshold=0.05, max_skips=2)),
         Plan(step_cache=TeaCache(threshold=0.1, changes=(0.0, 0.2, 0.1))),
+        Plan(step_cache=StepSchedule(total=9, steps=(0, 3, 8), trend=0.25)),
     ],
-    ids=["exact", "everything", "easycache", "teacache"],
+    ids=["exact", "everything", "easycache", "teacache", "schedule"],
 )
 def test_json_gives_the_plan_back(plan: Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
@@ -126,7 +128,10 @@ def test_the_plan_on_the_page_is_one(repository: Path) -> None:
         ({"step_cache": {"threshold": 1}}, "kind is None; choose from easycache, magcache, teacache"),
         ({"step_cache": {"kind": ["x"]}}, r"kind is \['x'\]; choose from easycache"),
         ({"step_cache": {"kind": "easycache"}}, "step_cache: missing 1 required .* 'threshold'; add it"),
-        ({"step_cache": {"kind": "easycache", "k": 1}}, "step_cache: there is no 'k'; it has threshold, "),
+        (
+            {"step_cache": {"kind": "easycache", "k": 1}},
+            "step_cache: there is no 'k'; it has reuse, trend, threshold, ",
+        ),
         ({"step_cache": {"kind": "easycache", "threshold": -1}}, r"p\.json: easycache: threshold is -1"),
         ({"guidance_reuse": {"every": 2, "kind": "x"}}, "guidance_reuse: there is no 'kind'"),
     ],
