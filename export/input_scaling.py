@@ -1,4 +1,4 @@
-"""Plan, weights and statistics -> what each input is multiplied with before its codes are made, and their range.
+"""Plan, weights and statistics -> what each input is multiplied with, and the range of its codes.
 
     SmoothQuant (arXiv 2211.10438)  m_j = 1 / s_j,  s_j = (max |x_j|)^a / (max |W_j|)^(1 - a)
     AWQ (arXiv 2306.00978)          s_j = (mean |x_j|)^b, centred; b is the one of 0, 0.1, … 1 with the least
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from proteus_deploy.errors import InputError
 from proteus_deploy.export.activation_statistics import ActivationStatistics
 from proteus_deploy.export.quantize import GraphPlan, LayerPlan
 from proteus_deploy.export.recipe import LayerRule
@@ -66,6 +67,11 @@ def scale_inputs(
             continue
         assert statistics is not None
         key = f"{plan.graph}/{leader}"
+        if statistics.layer(key).channels != layers[0].inputs:
+            raise InputError(
+                f"the statistics of {key} have {statistics.layer(key).channels} channels, the layer has "
+                f"{layers[0].inputs} inputs; calibrate the checkpoint that is exported"
+            )
         multiplier = None
         if rule.smooth is not None:
             multiplier = _smoothing(statistics.amax(key), _weights(layers, read_weight), rule.smooth)
@@ -98,7 +104,7 @@ def _smoothing(largest: Tensor, weights: Iterator[Tensor], alpha: float) -> Tens
 def _awq(
     mean: Tensor, layers: Sequence[LayerPlan], read_weight: ReadWeight, dtype: torch.dtype
 ) -> Tensor | None:
-    """1 / s, float32 [C] of numbers of `dtype`, with the least loss on the grid; None if that is no scaling."""
+    """1 / s, float32 [C] of numbers of `dtype`, with the least loss of the grid; None for no scaling."""
     positive = mean[mean > 0]
     if not positive.numel():
         return None

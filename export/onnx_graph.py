@@ -20,6 +20,7 @@ from torch import nn
 
 from proteus_deploy._files import atomic_file
 from proteus_deploy.errors import BackendError, InputError
+from proteus_deploy.export.qdq import Quantisation, insert_qdq
 from proteus_deploy.model.networks import Network, fill_computed_buffers, parameter_dtype
 from proteus_deploy.reporting import no_report
 from proteus_deploy.stages import Graph, StageTable, split_axis
@@ -70,13 +71,27 @@ def export_graph(
     *,
     dtype: torch.dtype,
     translations: Translations | None = None,
+    quantisation: Quantisation | None = None,
     report: Callable[[int, int], None] = no_report,
 ) -> ExportedGraph:
     """Trace `network` and write `destination` (and `destination`.data for large weights), atomically.
 
-    translations: nodes for operations that torch doesn't translate.
+    translations: nodes for operations that torch doesn't translate. quantisation: which layers get codes.
     report(done, total) counts written weights. Raises BackendError when the ONNX packages are absent.
     """
+    model = traced_model(graph, table, network, dtype=dtype, translations=translations)
+    return write_model(model, network, destination, dtype=dtype, quantisation=quantisation, report=report)
+
+
+def traced_model(
+    graph: Graph,
+    table: StageTable,
+    network: Network,
+    *,
+    dtype: torch.dtype,
+    translations: Translations | None = None,
+) -> onnx_ir.Model:
+    """The graph, simplified; initialisers that stand for weights have no value yet."""
     require_onnx()
     if dtype not in OPSET:
         raise InputError(f"dtype {dtype} can't be exported; choose float32, float16 or bfloat16")
@@ -84,15 +99,34 @@ def export_graph(
     model = _trace(module, graph, table, dtype, fakes, translations)
     _simplify(model)
     _strip_machine_traces(model)
+    return model
+
+
+def write_model(
+    model: onnx_ir.Model,
+    network: Network,
+    destination: Path,
+    *,
+    dtype: torch.dtype,
+    quantisation: Quantisation | None = None,
+    report: Callable[[int, int], None] = no_report,
+) -> ExportedGraph:
+    """Quantise a traced model (in place), fill in its weights and write it, as `export_graph` does."""
+    if quantisation is not None:
+        insert_qdq(model, quantisation, network, dtype)
     _fill_weights(model, network, dtype, report)
     files = _save(model, destination)
     operators: dict[str, int] = {}
     for node in model.graph:
         operators[node.op_type] = operators.get(node.op_type, 0) + 1
     custom = {f"{node.domain}::{node.op_type}" for node in model.graph if node.domain}
-    parameters = sum(1 for _ in module.parameters())
+    parameters = sum(1 for _ in network.module.parameters())
     return ExportedGraph(
-        files, OPSET[dtype], dict(sorted(operators.items())), parameters, tuple(sorted(custom))
+        files,
+        model.graph.opset_imports[""],
+        dict(sorted(operators.items())),
+        parameters,
+        tuple(sorted(custom)),
     )
 
 

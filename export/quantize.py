@@ -6,14 +6,14 @@ Only names and shapes are needed. The numbers that a plan's layers are quantised
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from proteus_deploy.errors import InputError
-from proteus_deploy.export.recipe import LayerRule, Recipe
+from proteus_deploy.export.recipe import LayerRule, Recipe, matches
 
 if TYPE_CHECKING:
     from proteus_deploy.export.activation_statistics import ActivationStatistics
@@ -31,14 +31,24 @@ _NOT_NAMED = "no rule of the recipe names it"
 OPERANDS = ("query", "key", "value")
 
 
+def coarsest(formats: Collection[str]) -> str:
+    """The one of a graph's formats that decides its error, "" for none."""
+    return next((kind for kind in ("nvfp4", "int4", "fp8_e4m3", "int8") if kind in formats), "")
+
+
 @dataclass(frozen=True)
 class LayerPlan:
-    """rule: None where the layer stays high. leader: first of the layers that share its scaled input."""
+    """rule: None where the layer stays high. leader: first of the layers that share its scaled input.
+
+    outputs, inputs: sizes of the layer.
+    """
 
     name: str
     rule: LayerRule | None
     reason: str
     leader: str
+    outputs: int
+    inputs: int
 
     @property
     def precision(self) -> str:
@@ -140,24 +150,26 @@ def plan_graph(
         _check_layer(recipe, graph, name, inputs, rule)
         chosen[name] = rule, f"rule {rule.layers}"
     for rule in rules.rules:
-        if not any(rules.rule(name, names) is rule for name in names):
+        if not any(matches(rule.layers, name, names) for name in names):
             raise InputError(
-                f"recipe {recipe.name!r}: the rule {rule.layers!r} decides over no layer of {graph}; layers "
-                f"are named like {names[len(names) // 2]!r}, and the first rule that matches wins"
+                f"recipe {recipe.name!r}: the rule {rule.layers!r} names no layer of {graph}; layers are "
+                f"named like {names[len(names) // 2]!r}"
             )
     for entry in rules.attention:
-        if not any(rules.attention_rule(name, names) is entry for name in attention):
+        if not any(matches(entry.layers, name, names) for name in attention):
             raise InputError(
                 f"recipe {recipe.name!r}: the attention rule {entry.layers!r} names none of the attentions "
                 f"of {graph}: {', '.join(attention[:3])}, …"
             )
     layers = [
-        LayerPlan(name, rule, reason, _leader(name, rule, chosen)) for name, (rule, reason) in chosen.items()
+        LayerPlan(name, rule, reason, _leader(name, rule, chosen), *shapes[name])
+        for name, (rule, reason) in chosen.items()
     ]
     plans = []
     for name in attention if rules.attention else ():
         kept, found = rules.kept(f"{name}.attention", names), rules.attention_rule(name, names)
-        kind = found.format if found is not None and kept is None else None
+        high = kept is not None or found is None or found.format == "none"
+        kind = None if high or found is None else found.format
         why = kept.reason if kept is not None else f"rule {found.layers}" if found else _NOT_NAMED
         plans.append(AttentionPlan(name, kind, why))
     return GraphPlan(graph, tuple(layers), tuple(plans))

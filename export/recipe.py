@@ -101,10 +101,10 @@ class LayerRule:
 
 @dataclass(frozen=True)
 class AttentionRule:
-    """Queries, keys, values and probabilities of the attentions that a pattern names, in 8 bits."""
+    """The four operands of the attentions that a pattern names: in E4M3, or as exported ("none")."""
 
     layers: str
-    format: Literal["fp8_e4m3"]
+    format: Literal["fp8_e4m3", "none"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,10 @@ class GraphRecipe:
     rules: tuple[LayerRule, ...]
     keep: tuple[Keep, ...]
     attention: tuple[AttentionRule, ...] = ()
+
+    @property
+    def quantises_attention(self) -> bool:
+        return any(rule.format != "none" for rule in self.attention)
 
     def kept(self, layer: str, layers: tuple[str, ...] = ()) -> Keep | None:
         """The entry that keeps `layer` high. layers: all of the graph, for `{first}` and `{last}`."""
@@ -198,7 +202,7 @@ class Recipe:
     def needs_statistics(self) -> bool:
         """Whether a rule reads statistics of activations (static activations, AWQ, attention)."""
         return any(
-            graph.attention or any(rule.needs_statistics for rule in graph.rules)
+            graph.quantises_attention or any(rule.needs_statistics for rule in graph.rules)
             for graph in self.graphs.values()
         )
 
@@ -210,7 +214,7 @@ class Recipe:
 
     @property
     def quantises_attention(self) -> bool:
-        return any(graph.attention for graph in self.graphs.values())
+        return any(graph.quantises_attention for graph in self.graphs.values())
 
 
 def ready_recipes() -> tuple[str, ...]:
@@ -252,7 +256,7 @@ def _read_keep(fields: Fields) -> Keep:
 
 def _read_attention(fields: Fields) -> AttentionRule:
     fields.only("layers", "format")
-    return AttentionRule(fields.text("layers"), fields.choice("format", ("fp8_e4m3",)))
+    return AttentionRule(fields.text("layers"), fields.choice("format", ("fp8_e4m3", "none")))
 
 
 def _read_rule(fields: Fields) -> LayerRule:

@@ -85,6 +85,70 @@ TOLERANCES: Mapping[tuple[str, ...], Tolerance] = {
     ("bundle", "frames", "bf16"): Tolerance(
         1e-1, "relative", "the decoder's own rounding on top of the latents'; single pixels may differ more"
     ),
+    # Of a quantised bundle: by graph and its coarsest format; 16-bit bundles get their own bound on top.
+    ("quantised", "denoiser", "int8"): Tolerance(
+        3e-2,
+        "relative",
+        "steps of a 127th: 5e-3 in the tiny model's denoiser for weights alone, 1.5e-2 with activations",
+    ),
+    ("quantised", "denoiser", "fp8_e4m3"): Tolerance(
+        5e-2,
+        "relative",
+        "E4M3 has three bits behind the first, 2.4e-2 a product of normal numbers: 2e-2 in the tiny model's "
+        "denoiser, 2.5e-2 with attention",
+    ),
+    ("quantised", "denoiser", "int4"): Tolerance(
+        1e-1, "relative", "steps of a seventh of the largest of 32 weights: 5e-2 in the tiny model's denoiser"
+    ),
+    ("quantised", "denoiser", "nvfp4"): Tolerance(
+        1e-1, "relative", "E2M1 has one bit behind the first: 5e-2 in the tiny model's denoiser"
+    ),
+    ("quantised", "text_encoder", "int8"): Tolerance(
+        6e-2,
+        "relative",
+        "1.3e-2 in the tiny model's; 3.8e-2 in one of random weights, whose softmax hangs on single scores",
+    ),
+    ("quantised", "image_tower", "int8"): Tolerance(
+        2e-2,
+        "relative",
+        "steps of a 127th of each row's largest weight: 9e-3 in the tiny model's image tower",
+    ),
+    ("quantised", "latents", "int8"): Tolerance(
+        5e-2,
+        "relative",
+        "the errors of steps and of the text add up: 1e-2 over four steps of the parity case",
+    ),
+    ("quantised", "latents", "fp8_e4m3"): Tolerance(
+        6e-2, "relative", "as int8: 2e-2 over four steps of the parity case"
+    ),
+    ("quantised", "latents", "int4"): Tolerance(
+        1.5e-1, "relative", "2.5 times that of fp8, as the error of a single step of the denoiser is"
+    ),
+    ("quantised", "latents", "nvfp4"): Tolerance(
+        1.5e-1, "relative", "2.5 times that of fp8, as the error of a single step of the denoiser is"
+    ),
+    ("quantised", "frames", "int8"): Tolerance(
+        2e-1, "absolute", "the worst pixel of all, through an untrained decoder: 8e-2 in the parity case"
+    ),
+    ("quantised", "frames", "fp8_e4m3"): Tolerance(
+        3e-1, "absolute", "the worst pixel of all, through an untrained decoder: 1.5e-1 in the parity case"
+    ),
+    ("quantised", "frames", "int4"): Tolerance(
+        7.5e-1,
+        "absolute",
+        "2.5 times that of fp8, as for latents; the quality gate says more about such videos",
+    ),
+    ("quantised", "frames", "nvfp4"): Tolerance(
+        7.5e-1,
+        "absolute",
+        "2.5 times that of fp8, as for latents; the quality gate says more about such videos",
+    ),
+    ("quantised", "same codes", "fp32"): Tolerance(
+        2e-3,
+        "relative",
+        "the same codes summed in another order; where that moves a value over the middle between two "
+        "codes, the next product differs by a step",
+    ),
     ("batch", "latents"): Tolerance(
         1e-5, "relative", "matrix products of another batch size round differently, and nothing else changes"
     ),
