@@ -28,7 +28,7 @@ from proteus_deploy.policies.plan_run import PlanRun
 from proteus_deploy.policies.reuse import Prediction
 from proteus_deploy.request import GenerateRequest, request_digest, resolve_request
 from proteus_deploy.runtime import open_bundle_backend
-from proteus_deploy.runtime.backend import Backend, resolve_dtype, short_dtype
+from proteus_deploy.runtime.backend import Backend, Quantizer, resolve_dtype, short_dtype
 from proteus_deploy.schedulers import Stepper
 from proteus_deploy.stage_cache import StageCache
 from proteus_deploy.stage_calls import Stages, stages_of
@@ -124,6 +124,7 @@ class Pipeline:
         vae_tiling: bool | Tiling = False,
         low_memory: bool = False,
         cache: StageCache | None = None,
+        quantize: Quantizer | None = None,
     ) -> Pipeline:
         """The PyTorch reference on a checkpoint folder. Weights are read on first use of each stage.
 
@@ -131,6 +132,7 @@ class Pipeline:
         compiled: through torch.compile, identity attention in its folded form. attention: of the denoiser, a
         name of `kernels.joint_attention.attention_with`. low_memory: see `Pipeline`.
         cache: keeps results of text and identity stages across requests; its first use hashes the folder.
+        quantize: a recipe's layers, `export.torch_quantizer.TorchQuantizer` (docs/quantize-torch.md).
         Raises CheckpointError, BackendError or InputError.
         """
         from proteus_deploy.runtime.eager import EagerBackend, default_dtype
@@ -144,6 +146,7 @@ class Pipeline:
             compiled=compiled,
             folded=compiled,
             attention=attention,
+            quantize=quantize,
         )
         return cls(
             backend,
@@ -155,7 +158,7 @@ class Pipeline:
             vae_tiling=vae_tiling,
             low_memory=low_memory,
             cache=cache,
-            weights=lambda: checkpoint.hash,
+            weights=lambda: checkpoint.hash + ("" if quantize is None else f" {quantize.hash}"),
         )
 
     @classmethod

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from proteus_deploy._files import check_writable
 from proteus_deploy.cli.output import print_json, print_table
 from proteus_deploy.cli.paths import kind_of, open_bundle
+from proteus_deploy.cli.quantize_flags import add_quantize_arguments, quantizer_of
 from proteus_deploy.cli.video_progress import VideoProgress, cancel_on_interrupt
 from proteus_deploy.errors import BackendError, InputError
 
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="checkpoint only: of the denoiser, docs/generate.md (default: torch)",
     )
+    add_quantize_arguments(parser)
     parser.add_argument("--vae-tiling", action="store_true", help="decode in tiles: less memory, more time")
     parser.add_argument(
         "--low-memory", action="store_true", help="hold no more than one part's networks at a time"
@@ -185,6 +187,7 @@ def _open(kind: str, arguments: argparse.Namespace) -> Pipeline:
     from proteus_deploy.pipeline import Pipeline
 
     backend: str | None = arguments.backend
+    quantize = quantizer_of(arguments, kind)
     if kind == "bundle":
         if arguments.dtype is not None:
             raise InputError(
@@ -214,6 +217,7 @@ def _open(kind: str, arguments: argparse.Namespace) -> Pipeline:
         dtype=arguments.dtype,
         compiled=backend == "compiled",
         attention=arguments.attention or "torch",
+        quantize=quantize,
         vae_tiling=arguments.vae_tiling,
         low_memory=arguments.low_memory,
     )

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from proteus_deploy.bundle import Bundle
+    from proteus_deploy.model.networks import Network
 
 
 class Runner(Protocol):
@@ -36,6 +37,24 @@ class Backend(Protocol):
         """Give the memory of one graph back; the next `runner` loads it again."""
 
     def close(self) -> None: ...
+
+
+class Quantizer(Protocol):
+    """Puts layers of lower precision into a network; `export.torch_quantizer` has the one that reads recipes.
+
+    name: for the backend's. hash: of all that decides the results, for caches.
+    """
+
+    name: str
+
+    @property
+    def hash(self) -> str: ...
+
+    def check_runs_on(self, device: torch.device) -> None:
+        """Raises BackendError where the device can't compute what was asked for."""
+
+    def __call__(self, graph: str, network: Network, dtype: torch.dtype, device: torch.device) -> None:
+        """Change the module of `network` in place, before its weights are read."""
 
 
 def refuse_custom_operators(bundle: Bundle, runtime: str) -> None:

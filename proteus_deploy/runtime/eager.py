@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from proteus_deploy.errors import BackendError
 from proteus_deploy.kernels.joint_attention import check_attention_runs_on
 from proteus_deploy.kernels.launch import check_kernels_run_on
+from proteus_deploy.model.direct_convolutions import use_direct_convolutions
 from proteus_deploy.model.networks import Kernels
 from proteus_deploy.network_factory import NetworkFactory
-from proteus_deploy.runtime.backend import bind_sizes
+from proteus_deploy.runtime.backend import Quantizer, bind_sizes
 from proteus_deploy.runtime.compiled import CompiledNetwork
 from proteus_deploy.stage_table import ExportRanges, build_stage_table
 from proteus_deploy.stages import Graph, StageTable
@@ -49,13 +50,15 @@ class EagerBackend:
         attention: str = "torch",
         table: StageTable | None = None,
         weights_of: EagerBackend | None = None,
+        quantize: Quantizer | None = None,
     ) -> None:
         """folded: identity attention in its folded form. kernels: "triton" runs the denoiser on the fused
         kernels, which need a CUDA device (or Triton's interpreter). attention: the denoiser's, by a name of
         `kernels.joint_attention.attention_with`, with any `kernels`. table: the contracts to hold to; None
         makes one for any batch. weights_of: a backend on the same checkpoint, device and dtype whose weights
         are shared: two forms of a network take the memory of one. cuda_graphs: with `compiled` on a CUDA
-        device, replay each size's launches as one CUDA graph.
+        device, replay each size's launches as one CUDA graph. quantize: None, or what puts layers of lower
+        precision into the networks.
 
         Raises BackendError when the device isn't here, or kernels, attention or graphs can't run on it.
         Weights are read on first use of each network."""
@@ -82,6 +85,15 @@ class EagerBackend:
                 f"weights in {weights_of.dtype} on {weights_of.device} can't be shared by a backend in "
                 f"{dtype} on {self.device}; open it without weights_of"
             )
+        self._quantize = quantize
+        if quantize is not None:
+            quantize.check_runs_on(self.device)
+            if weights_of is not None:
+                raise BackendError(
+                    f"layers of {quantize.name!r} have weights of their own; open the backend without "
+                    "weights_of"
+                )
+            self.name += f"-{quantize.name}"
         self._runners: dict[str, EagerGraph] = {}
 
     def runner(self, graph: str) -> EagerGraph:
@@ -90,10 +102,14 @@ class EagerBackend:
             # First needed within a request, weights would be inference tensors, which nothing can change.
             with torch.inference_mode(False):
                 network = self._factory(graph)
+                if self._quantize is not None:
+                    self._quantize(graph, network, self.dtype, self.device)
                 if self._weights_of is None:
                     module = network.materialise(self.dtype, self.device)
                 else:
                     module = network.share(self._weights_of.runner(graph).module)
+                if not self._compiled:  # inductor chooses for itself
+                    use_direct_convolutions(module, self.device, self.dtype)
             runner = EagerGraph(contract, module, compiled=self._compiled, cuda_graphs=self.cuda_graphs)
             if self.sealed:
                 runner.seal()
