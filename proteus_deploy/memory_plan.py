@@ -63,8 +63,9 @@ RUNTIMES: Mapping[str, Runtime] = {
         activations=2.0,
         on_host=True,
         streams=False,
-        text="attention is fused and writes no scores; weights take 1.25 bytes a byte, what was needed to "
-        "read them included, and activations 2 (factors found by measuring, see docs/inspect.md)",
+        text="a lower bound: attention is fused and writes no scores, weights take 1.25 bytes a byte and "
+        "activations 2; PyTorch's own packages and the workspace of its convolutions come on top, and "
+        "measured peaks of the VAE were several times higher (see docs/inspect.md)",
     ),
     "tensorrt": Runtime(
         Fusion(attention=True, dequantize=True),

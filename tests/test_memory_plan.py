@@ -287,3 +287,34 @@ def test_prediction_of_a_graph_follows_the_request(parity_bundle: Path) -> None:
     large = predict_graph(bundle, graph, bundle.table.sizes("max"), Fusion())
     assert small.weights == large.weights
     assert small.activations < large.activations
+
+
+def _results(repository: Path) -> dict[str, Any]:
+    file = repository / "benchmarks/results/memory_plan.json"
+    return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def test_results_follow_from_their_rows(repository: Path) -> None:
+    from proteus_deploy.benchmarks.memory_plan import summary
+
+    document = _results(repository)
+    assert document["summary"] == summary(document["rows"])
+    assert not document["commit"].endswith("-dirty")
+    assert document["assumptions"]["onnxruntime"] == RUNTIMES["onnxruntime"].text
+
+
+def test_prediction_is_as_close_to_a_measured_peak_as_the_results_say(
+    tiny_bundle: Path, tmp_path: Path, repository: Path
+) -> None:
+    """The face parser at its one size: the widest graph of the tiny checkpoint, far above a page's noise."""
+    from proteus_deploy.benchmarks.stage_memory import measure_graph
+
+    bundle = Bundle.open(tiny_bundle, hashes=False)
+    graph, runtime = bundle.table.graph("face_parser"), RUNTIMES["onnxruntime"]
+    predicted = combine("face_parser", {"": predict_graph(bundle, graph, {}, runtime.fusion)}, runtime).peak
+    measured = measure_graph(
+        "face_parser", "onnxruntime", bundle=tiny_bundle, size="tiny", work=tmp_path, symbols={}
+    )
+    ratios = [row["ratio"] for row in _results(repository)["rows"] if row["backend"] == "onnxruntime"]
+    ratio = predicted / measured["running_bytes"]
+    assert min(ratios) <= ratio <= max(ratios), f"predicted over measured is {ratio:.2f}"
