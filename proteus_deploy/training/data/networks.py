@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,6 +25,7 @@ from proteus_deploy.checkpoint import Checkpoint
 from proteus_deploy.component_configs import check_text_encoder, check_vae
 from proteus_deploy.errors import CheckpointError, InputError
 from proteus_deploy.model.config import TransformerConfig, read_transformer_config
+from proteus_deploy.model.direct_convolutions import use_direct_convolutions
 from proteus_deploy.model.networks import Network, VaeEncoder, vae_on_meta
 from proteus_deploy.network_factory import NetworkFactory
 from proteus_deploy.runtime.backend import resolve_dtype
@@ -122,8 +122,7 @@ class EncodingNetworks:
         group runs through the VAE as the published code cuts them.
         """
         pixels = torch.from_numpy(frames).to(self.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-        with _direct_convolutions(self._vae, self.device, self.dtype):
-            posterior = self._vae.encode(pixels.to(self.dtype)).latent_dist  # type: ignore[operator]
+        posterior = self._vae.encode(pixels.to(self.dtype)).latent_dist  # type: ignore[operator]
         scale = float(self.vae_config["scaling_factor"])
         mean, std = (value[0].transpose(0, 1).float() * scale for value in (posterior.mean, posterior.std))
         return mean, std
@@ -165,7 +164,10 @@ class EncodingNetworks:
     def _vae(self) -> nn.Module:
         weights = self._checkpoint.weights("vae")
         NetworkFactory(self._checkpoint)("vae_encoder")  # checks the weight files as a whole
-        return Network(vae_on_meta(self.vae_config), "vae", str, weights).materialise(self.dtype, self.device)
+        network = Network(vae_on_meta(self.vae_config), "vae", str, weights)
+        vae = network.materialise(self.dtype, self.device)
+        use_direct_convolutions(vae, self.device, self.dtype)
+        return vae
 
     @cached_property
     def _text_encoder(self) -> nn.Module:
@@ -182,27 +184,6 @@ class _OnDevice:
         return dict(self._network(face=face.to(self._device)))
 
 
-class _direct_convolutions:  # noqa: N801 - used as a context manager, like a function
-    """Inside, 3D convolutions of one float32 clip on the CPU go to oneDNN.
-
-    For a single clip with few channels torch chooses a plain loop instead, several times slower on the
-    networks of a small VAE; results differ by rounding.
-    """
-
-    def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-        usable = device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
-        self._convolutions = [one for one in module.modules() if isinstance(one, nn.Conv3d) and usable]
-        self._before = [one.forward for one in self._convolutions]
-
-    def __enter__(self) -> None:
-        for convolution in self._convolutions:
-            convolution.forward = MethodType(_onednn_forward, convolution)  # type: ignore[method-assign]
-
-    def __exit__(self, *exception: object) -> None:
-        for convolution, forward in zip(self._convolutions, self._before, strict=True):
-            convolution.forward = forward  # type: ignore[method-assign]
-
-
 @contextmanager
 def _not_logged(name: str) -> Iterator[None]:
     """Inside, what the logger `name` itself is given goes nowhere."""
@@ -216,13 +197,6 @@ def _not_logged(name: str) -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(drop)
-
-
-def _onednn_forward(self: nn.Conv3d, values: Tensor) -> Tensor:
-    result: Tensor = torch.ops.aten.mkldnn_convolution(
-        values, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups
-    )
-    return result
 
 
 def _transformer_config(folder: Path) -> TransformerConfig | None:
