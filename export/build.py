@@ -17,6 +17,7 @@ from proteus_deploy._files import publish_directory
 from proteus_deploy.bundle import ENGINES, MANIFEST, Bundle, EngineSet, write_engine_manifest
 from proteus_deploy.errors import BundleError, Cancelled, InputError
 from proteus_deploy.export.engine_cache import EngineCache
+from proteus_deploy.export.quantised_export import refusals
 from proteus_deploy.export.tensorrt_engine import build_engine
 from proteus_deploy.runtime.tensorrt_api import EngineOptions, TensorRT
 from proteus_deploy.stages import Graph
@@ -51,6 +52,11 @@ def build_bundle(
     """
     api = TensorRT.load(flavour or DEFAULT_FLAVOUR)
     target = api.resolve_target(target)
+    if reasons := refusals(bundle.manifest, target):
+        raise InputError(
+            f"{bundle.folder} is quantised for what {target} can't run: {'; '.join(reasons)}; export another "
+            "recipe (--quantize) or build for another target"
+        )
     options = options or EngineOptions()
     api.check_options(options)
     graphs = select_graphs(bundle, stages)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +14,11 @@ from proteus_deploy._files import atomic_directory, write_json
 from proteus_deploy.bundle import Bundle, is_bundle, write_manifest
 from proteus_deploy.checkpoint import Checkpoint
 from proteus_deploy.errors import CheckpointError, InputError
+from proteus_deploy.export.activation_statistics import ActivationStatistics
 from proteus_deploy.export.identity_onnx import fuse_identity_attention, identity_translations
 from proteus_deploy.export.onnx_graph import export_graph, require_onnx
+from proteus_deploy.export.quantised_export import QuantisedExport, prepare_quantisation
+from proteus_deploy.export.recipe import Recipe
 from proteus_deploy.export.reference import (
     ReferenceScope,
     eager_pipeline,
@@ -53,6 +57,8 @@ def export_bundle(
     reference: ReferenceScope | Literal["auto"] = "auto",
     overwrite: bool = False,
     identity_plugin: bool = False,
+    recipe: Recipe | None = None,
+    statistics: ActivationStatistics | None = None,
     report: Report = no_report,
 ) -> Bundle:
     """Write a bundle to `destination`, in one rename: it is there whole or not at all.
@@ -61,6 +67,8 @@ def export_bundle(
     reference: what the PyTorch reference records into the bundle for `verify`; "auto" takes "video" for
     small checkpoints and "none" for large ones, and reports which.
     identity_plugin: the denoiser's identity attention as one node, which TensorRT's plugin alone runs.
+    recipe: which layers get codes of few bits; the recorded reference stays the unquantised one.
+    statistics: of this checkpoint's activations, for recipes that read them; they go into the bundle.
     report(phase, done, total) is called as the work goes on.
     Raises CheckpointError, InputError or BackendError.
     """
@@ -73,15 +81,24 @@ def export_bundle(
     table = build_stage_table(checkpoint, ranges)
     if checkpoint.random_weights_seed is None:
         _try_tokenizer(checkpoint)
+    quantised = None if recipe is None else prepare_quantisation(recipe, checkpoint, table, statistics)
     with atomic_directory(destination, replace=overwrite) as folder:
         graphs = _export_graphs(
-            checkpoint, table, precision, folder / "onnx", report, identity_plugin=identity_plugin
+            checkpoint,
+            table,
+            precision,
+            folder / "onnx",
+            report,
+            identity_plugin=identity_plugin,
+            quantised=quantised,
         )
+        if quantised is not None:
+            quantised.save(folder)
         _copy_configs(checkpoint, folder)
         if scope != "none":
             _record(checkpoint, table, folder / "reference", scope, report)
         custom = sorted(name for name, record in graphs.items() if "custom_operators" in record)
-        parity = _parity(folder, table, precision, scope, report, custom=custom)
+        parity = _parity(folder, table, precision, scope, report, graphs=graphs, custom=custom)
         report("hash the checkpoint and the bundle", 0, 1)
         write_manifest(
             folder,
@@ -93,7 +110,8 @@ def export_bundle(
                 "reference": scope,
                 "versions": versions(),
                 "parity": parity,
-            },
+            }
+            | ({} if quantised is None else {"quantization": quantised.to_json()}),
         )
     report("hash the checkpoint and the bundle", 1, 1)
     return Bundle.open(destination, hashes=False)
@@ -154,6 +172,7 @@ def _export_graphs(
     say: Report,
     *,
     identity_plugin: bool,
+    quantised: QuantisedExport | None,
 ) -> dict[str, Any]:
     folder.mkdir()
     factory = NetworkFactory(checkpoint, folded=True)
@@ -161,6 +180,7 @@ def _export_graphs(
     for index, graph in enumerate(table.graphs):
         say("export", index, len(table.graphs))
         network, fused = factory(graph.name), identity_plugin and graph.name == "denoiser"
+        quantisation = None if quantised is None else quantised.of(graph.name)
         exported = export_graph(
             graph,
             table,
@@ -168,6 +188,7 @@ def _export_graphs(
             folder / f"{graph.name}.onnx",
             dtype=dtype,
             translations=identity_translations() if fused else None,
+            quantisation=quantisation,
         )
         records[graph.name] = {
             "file": f"onnx/{graph.name}.onnx",
@@ -178,6 +199,8 @@ def _export_graphs(
         }
         if exported.custom_operators:
             records[graph.name]["custom_operators"] = list(exported.custom_operators)
+        if quantisation is not None:
+            records[graph.name]["quantization"] = quantisation.plan.to_json()
     say("export", len(table.graphs), len(table.graphs))
     return records
 
@@ -225,12 +248,18 @@ def _parity(
     scope: ReferenceScope,
     say: Report,
     *,
+    graphs: Mapping[str, Any],
     custom: list[str],
 ) -> dict[str, Any]:
     """Largest relative error of each graph under ONNX Runtime; two digits, so that noise isn't recorded."""
     from proteus_deploy.errors import BackendError
     from proteus_deploy.export.parity import graph_error
-    from proteus_deploy.runtime.onnxruntime_backend import OnnxRuntimeGraph, open_session
+    from proteus_deploy.runtime.onnxruntime_backend import (
+        OnnxRuntimeGraph,
+        missing_kernels,
+        open_session,
+        quantised_formats,
+    )
     from proteus_deploy.testing import error_order
 
     if scope == "none":
@@ -242,6 +271,8 @@ def _parity(
             "status": "not measured",
             "reason": f"ONNX Runtime has no kernels for the custom operators of {', '.join(custom)}",
         }
+    if missing := missing_kernels({"graphs": graphs}):
+        return {"status": "not measured", "reason": missing}
     errors: dict[str, float] = {}
     count = 0
     runner: OnnxRuntimeGraph | None = None
@@ -249,7 +280,11 @@ def _parity(
         if runner is None or runner.graph != stage.graph:
             try:
                 runner = OnnxRuntimeGraph(
-                    stage.graph, open_session(folder / "onnx" / f"{stage.graph.name}.onnx")
+                    stage.graph,
+                    open_session(
+                        folder / "onnx" / f"{stage.graph.name}.onnx",
+                        formats=quantised_formats({"graphs": graphs}, stage.graph.name),
+                    ),
                 )
             except ImportError:
                 return {"status": "not measured", "reason": "onnxruntime is not installed"}

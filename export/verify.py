@@ -17,6 +17,7 @@ from proteus_deploy.checkpoint import Checkpoint
 from proteus_deploy.errors import BackendError, ComputationError, InputError
 from proteus_deploy.export.export import versions
 from proteus_deploy.export.parity import graph_error
+from proteus_deploy.export.quantize import coarsest
 from proteus_deploy.export.reference import (
     StageReference,
     VideoReference,
@@ -29,6 +30,7 @@ from proteus_deploy.export.reference import (
 from proteus_deploy.pipeline import Pipeline
 from proteus_deploy.reporting import Report, no_report
 from proteus_deploy.runtime import BUNDLE_BACKENDS, CHECKPOINT_BACKENDS
+from proteus_deploy.runtime.onnxruntime_backend import quantised_formats
 from proteus_deploy.testing import TOLERANCES, Tolerance, error_order, measured_error, relative_error
 
 if TYPE_CHECKING:
@@ -247,15 +249,55 @@ def _row(backend: str, check: str, error: float | None, tolerance: Tolerance, de
 def _tolerances(bundle: Bundle, budget: Path | None) -> dict[str, Tolerance]:
     """Bounds for the bundle's precision, with the budget's entries in place of the table's."""
     found = {check: TOLERANCES["bundle", check, bundle.dtype] for check in ("graph", *VIDEO_CHECKS)}
-    if budget is None:
-        return found
-    graphs = [graph.name for graph in bundle.table.graphs]
-    for check, bound in _read_budget(budget).items():
-        if check not in found and check not in graphs:
-            raise InputError(f"{budget}: {check!r} is not a check; known are {', '.join([*found, *graphs])}")
-        kind = found[check if check in found else "graph"].kind
-        found[check] = Tolerance(bound, kind, f"from {budget.name}")
+    quantised, missing = _quantised_tolerances(bundle, found)
+    found |= quantised
+    if budget is not None:
+        graphs = [graph.name for graph in bundle.table.graphs]
+        for check, bound in _read_budget(budget).items():
+            if check not in found and check not in graphs:
+                known = ", ".join(dict.fromkeys((*found, *graphs)))
+                raise InputError(f"{budget}: {check!r} is not a check; known are {known}")
+            kind = found[check if check in found else "graph"].kind
+            found[check] = Tolerance(bound, kind, f"from {budget.name}")
+            missing.pop(check, None)
+    for graph, coded in missing.items():
+        raise InputError(
+            f"no tolerance is known for {coded} in {graph}; give one with --budget FILE, for instance "
+            f'{{"{graph}": 0.1}}'
+        )
     return found
+
+
+def _quantised_tolerances(
+    bundle: Bundle, plain: Mapping[str, Tolerance]
+) -> tuple[dict[str, Tolerance], dict[str, str]]:
+    """Bounds of quantised graphs and of the video, and {graph: format} of those that the table has none for.
+
+    A graph of 16 bits has the rounding of its dtype on top of that of its codes.
+    """
+    found: dict[str, Tolerance] = {}
+    missing: dict[str, str] = {}
+    worst = []
+
+    def widened(check: str, entry: Tolerance) -> Tolerance:
+        if bundle.dtype == "fp32":
+            return entry
+        own = plain[check if check in plain else "graph"]
+        return Tolerance(entry.bound + own.bound, entry.kind, f"{entry.reason}; and {own.reason}")
+
+    for graph in bundle.table.graphs:
+        kind = coarsest(quantised_formats(bundle.manifest, graph.name))
+        if not kind:
+            continue
+        worst.append(kind)
+        entry = TOLERANCES.get(("quantised", graph.name, kind))
+        if entry is None:
+            missing[graph.name] = kind
+        else:
+            found[graph.name] = widened(graph.name, entry)
+    for check in VIDEO_CHECKS if worst else ():
+        found[check] = widened(check, TOLERANCES["quantised", check, coarsest(worst)])
+    return found, missing
 
 
 def _read_budget(file: Path) -> dict[str, float]:

@@ -4,6 +4,7 @@
     onnx/<graph>.onnx           one per graph of the stage table, large weights beside it as external data
     config/  tokenizer/  face_encoder/      what the pipeline needs besides the networks
     reference/                  inputs and outputs of the PyTorch reference, for `verify`
+    calibration/                statistics of activations, of a quantised bundle whose recipe reads them
     engines/<target>/           TensorRT engines with a manifest of their own, added by `build`
 
 `export` writes the folder in one rename and never touches it again; `build` adds one folder per target

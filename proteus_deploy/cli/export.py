@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from proteus_deploy.export.activation_statistics import ActivationStatistics
+    from proteus_deploy.export.recipe import Recipe
 
 NAME = "export"
 HELP = "write every network of a checkpoint as ONNX: a bundle that runs without the checkpoint"
@@ -32,6 +37,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="identity attention as one node, which only the backend tensorrt runs: see docs/plugin.md",
     )
+    parser.add_argument(
+        "--quantize",
+        metavar="RECIPE",
+        help="codes of few bits: int8, int8-weight, fp8, fp8-tensor, fp8-attention, int4-weight, "
+        "nvfp4-weight, or a JSON file; see docs/quantize.md",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="DIR",
+        help="statistics of activations for --quantize, as `calibrate` wrote them",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace DIR, once the new bundle is whole")
     parser.add_argument(
         "--random-weights",
@@ -49,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     from proteus_deploy.export.export import export_bundle
     from proteus_deploy.stage_table import ExportRanges
 
+    recipe, statistics = _quantisation(arguments)
     checkpoint = Checkpoint.open(arguments.checkpoint, random_weights_seed=arguments.random_weights)
     ranges = ExportRanges(
         arguments.max_height, arguments.max_width, arguments.max_num_frames, arguments.max_videos
@@ -62,6 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
             reference=arguments.reference,
             overwrite=arguments.overwrite,
             identity_plugin=arguments.identity_plugin,
+            recipe=recipe,
+            statistics=statistics,
             report=report,
         )
     parity = bundle.manifest["parity"]
@@ -82,5 +102,26 @@ def run(arguments: argparse.Namespace) -> int:
     print_table(["graph", "nodes", "MiB", "error under ONNX Runtime"], rows)
     if parity["status"] != "measured":
         print(f"parity was not measured: {parity['reason']}")
-    print(f"{bundle.folder} ({bundle.dtype})")
+    quantised = "" if recipe is None else f", quantised by {recipe.name}"
+    print(f"{bundle.folder} ({bundle.dtype}{quantised})")
     return 0
+
+
+def _quantisation(arguments: argparse.Namespace) -> tuple[Recipe | None, ActivationStatistics | None]:
+    """Recipe and statistics, read and checked before any work. Raises InputError."""
+    from proteus_deploy.errors import InputError
+    from proteus_deploy.export.activation_statistics import ActivationStatistics
+    from proteus_deploy.export.quantize import require_statistics
+    from proteus_deploy.export.recipe import Recipe
+
+    if arguments.quantize is None:
+        if arguments.calibration is not None:
+            raise InputError("--calibration is for a quantised export; add --quantize RECIPE")
+        return None, None
+    recipe = Recipe.load(arguments.quantize)
+    statistics = None
+    if arguments.calibration is not None:
+        statistics = ActivationStatistics.load(arguments.calibration)
+    if arguments.random_weights is None:
+        require_statistics(recipe, statistics)
+    return recipe, statistics

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from proteus_deploy.cli.memory_table import add_memory_arguments, refuse_stray_flags, run_memory
 from proteus_deploy.cli.output import print_json, print_table
 from proteus_deploy.cli.paths import kind_of, open_bundle
+from proteus_deploy.cli.quantisation_table import describe_quantisation, print_quantisation
 from proteus_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         ],
         "targets": [_target(bundle, target) for target in bundle.targets],
         "parity": bundle.manifest["parity"],
-    }
+    } | describe_quantisation(bundle)
 
 
 def _graph(bundle: Bundle, graph: Graph) -> dict[str, Any]:
@@ -294,6 +295,9 @@ def _print_bundle(document: Mapping[str, Any]) -> None:
     rows = [(g["graph"], g["stage"], _size(g["bytes"]), str(g["nodes"])) for g in document["graphs"]]
     print_table(("graph", "stage", "size", "nodes"), _right(rows, (2, 3)))
     print()
+    if "quantization" in document:
+        print_quantisation(document["quantization"])
+        print()
     contracts = [
         (g["graph"], way, name, shape, dtype)
         for g in document["graphs"]
