@@ -6,24 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from proteus_deploy.benchmarks.video_measures import mean_values, measure_case
 from proteus_deploy.evaluate.budget import Budget
 from proteus_deploy.evaluate.frames import frames_from_video
 from proteus_deploy.evaluate.gate import GateResult, check
-from proteus_deploy.evaluate.measure import measure_video
-from proteus_deploy.evaluate.measurements import VideoMeasurement
 from proteus_deploy.evaluate.metrics import METRICS
-from proteus_deploy.optical_flow import DisFlow
 from proteus_deploy.policies.calibration import ChangeRecorder, MagnitudeRecorder
 from proteus_deploy.policies.plan import Plan
 from proteus_deploy.policies.reuse import REUSES, Reuse
 from proteus_deploy.reporting import Report, no_report
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from proteus_deploy.evaluate.encoders import Encoders
+    from proteus_deploy.evaluate.measurements import VideoMeasurement
     from proteus_deploy.pipeline import Pipeline
     from proteus_deploy.request import GenerateRequest
 
@@ -102,7 +100,7 @@ class PlanTrials:
             self._baseline.append(self._measure(case, self._exact[-1], self._exact[-1]))
         self._report("exact videos", len(self._cases), len(self._cases))
         gate = check(self._budget, self._baseline, self._baseline, known=METRICS)
-        return Trial("exact", Plan(), 1.0, _means(self._baseline), gate)
+        return Trial("exact", Plan(), 1.0, mean_values(self._baseline), gate)
 
     def trial(self, name: str, plan: Plan) -> Trial:
         measured, work = [], []
@@ -113,36 +111,16 @@ class PlanTrials:
             measured.append(self._measure(case, frames_from_video(video), exact))
         self._report(f"plan {name}", len(self._cases), len(self._cases))
         gate = check(self._budget, measured, self._baseline, known=METRICS)
-        return Trial(name, plan, sum(work) / len(work), _means(measured), gate)
+        return Trial(name, plan, sum(work) / len(work), mean_values(measured), gate)
 
     def _measure(
         self, case: TuningCase, frames: NDArray[np.uint8], exact: NDArray[np.uint8]
     ) -> VideoMeasurement:
         wanted = dict.fromkeys(("psnr", *self._budget.metrics))
-        values = measure_video(
-            frames,
-            photo=case.request.photo,
-            prompt=case.request.prompt,
-            person_mask=np.zeros(frames.shape[:3], bool),  # nobody is cut out: how much moves, wherever
-            reference=exact,
-            encoders=self._encoders,
-            metrics=wanted,
-            flow=DisFlow(),
-        )
-        return VideoMeasurement(case.name, values, person=case.person, seed=case.request.seed)
+        return measure_case(case, frames, exact, self._encoders, wanted)
 
 
 def _work(steps: Mapping[str, Sequence[int]], request: GenerateRequest) -> float:
     """Rows that were computed by those of the exact loop."""
     rows = len(steps["computed"]) + len(steps["both_prompts"])
     return rows / ((2 if request.guided else 1) * request.num_inference_steps)
-
-
-def _means(measured: Sequence[VideoMeasurement]) -> dict[str, float]:
-    names = dict.fromkeys(name for one in measured for name in one.values)
-    means = {}
-    for name in names:
-        values = [value for one in measured if (value := one.value(name)) is not None]
-        if values:
-            means[name] = sum(values) / len(values)
-    return means
