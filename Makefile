@@ -28,8 +28,9 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A test file stays with one worker, which makes its fixtures once; tests run with one thread each (conftest.py).
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 demo: $(STAMP)
 	$(BIN)/proteus-deploy demo --output-dir demo

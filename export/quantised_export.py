@@ -111,7 +111,7 @@ def made_up_statistics(plans: Mapping[str, GraphPlan]) -> ActivationStatistics:
         name: LayerStatistics(
             torch.full((1, size), 4.0),
             torch.full((1, size), 0.8),
-            histogram,
+            histogram.clone(),  # safetensors refuses tensors that share memory
             torch.ones(1, dtype=torch.int64),
         )
         for name, size in sizes.items()

@@ -22,19 +22,25 @@ _ALWAYS_FLOAT32 = ("text_encoder",)
 _HINT = {"fp32": "f32", "fp16": "f32", "bf16": "bf16"}
 
 
-@cache
 def openvino_core() -> Any:
-    """The one openvino.Core of this process. Raises BackendError when the package is absent.
-
-    It is never let go. The first network compiled gives the calling thread a signal stack that belongs to the
-    CPU plugin, which unmaps it when the last reference to it goes; if that happens in another thread, or with
-    two Cores of which the older goes first, the next signal (Ctrl-C) writes into memory that is no longer
-    its own.
-    """
+    """The one openvino.Core of this process. Raises BackendError when the package is absent."""
     try:
-        import openvino
+        import openvino  # noqa: F401
     except ImportError as error:
         raise BackendError('openvino is not installed; pip install "proteus-deploy[openvino]"') from error
+    return _the_core()
+
+
+@cache
+def _the_core() -> Any:
+    """Made once and never let go.
+
+    The first network compiled gives the calling thread a signal stack that belongs to the CPU plugin, which
+    unmaps it when the last reference to the Core goes; if that happens in another thread, or with two Cores
+    of which the older goes first, the next signal (Ctrl-C) writes into memory that is no longer its own.
+    """
+    import openvino
+
     return openvino.Core()
 
 
