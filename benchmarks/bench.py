@@ -48,6 +48,7 @@ class BenchSettings:
     video: None for the size that the checkpoint was made for. videos: of one person, made at once.
     deadline: None, or by when to be done; what doesn't fit is left out, and its row says so.
     end_to_end: after the loops, also time whole requests, stage by stage.
+    calibration: folder of what `calibrate` recorded, for candidates with a recipe that needs it.
     """
 
     size: str
@@ -61,6 +62,7 @@ class BenchSettings:
     videos: int = 1
     deadline: Deadline | None = None
     end_to_end: bool = False
+    calibration: Path | None = None
 
 
 def run_bench(
@@ -78,7 +80,15 @@ def run_bench(
     bundle. work: where exported bundles are kept. Raises BackendError when no candidate can be opened.
     """
     subject = Subject(checkpoint, bundle)
-    opener = Opener(checkpoint, bundle, work, device=settings.device, videos=settings.videos, report=report)
+    opener = Opener(
+        checkpoint,
+        bundle,
+        work,
+        device=settings.device,
+        videos=settings.videos,
+        calibration=settings.calibration,
+        report=report,
+    )
     with ExitStack() as stack:
         opened, rows = open_candidates(opener, candidates, settings, subject, stack, report=report)
         if not opened:
@@ -160,10 +170,20 @@ def _about(settings: BenchSettings, subject: Subject) -> dict[str, Any]:
             "video": asdict(settings.video or VideoSize.of(subject.transformer)),
             "videos": settings.videos,
             "weights": subject.weights,
+            "statistics": _statistics(settings, subject),
             "guidance_scale": settings.guidance_scale,
             "plan": None if settings.plan is None else settings.plan.to_json(),
         },
     }
+
+
+def _statistics(settings: BenchSettings, subject: Subject) -> str | None:
+    """Of activations, for recipes: their hash, or that they are as made up as the weights."""
+    if settings.calibration is None:
+        return "made up" if subject.is_random else None
+    from proteus_deploy.export.activation_statistics import ActivationStatistics
+
+    return ActivationStatistics.load(settings.calibration).hash
 
 
 def _counter(report: Report, phase: str, total: int) -> Callable[..., None]:

@@ -25,6 +25,7 @@ def new_row(candidate: Candidate, size: str, status: str, reason: str = "") -> d
         "backend": candidate.backend,
         "plan": candidate.form,
         "precision": candidate.precision,
+        "recipe": candidate.recipe or None,
         "status": status,
         "reason": reason,
     }
@@ -52,7 +53,8 @@ def compare(
         row["relative_to"] = truth
         mine, want = latents[row["case"]], None if truth is None else latents[truth]
         row["relative_error"] = None if mine is None or want is None else relative_error(mine, want)
-        rate = ceilings.get(f"products_{row['precision']}")
+        # Products of codes have rates of their own, and no kernel of all the formats is there to measure.
+        rate = None if row["recipe"] else ceilings.get(f"products_{row['precision']}")
         floor = None if flops is None or rate is None else 1e3 * flops / rate
         row["floor_ms"] = floor
         # A plan's steps have one row or two; the floor is that of two.

@@ -47,6 +47,8 @@ def measure_in_process(
             command += ["--random-weights", str(checkpoint.random_weights_seed)]
     if bundle is not None:
         command += ["--bundle", str(bundle.folder)]
+    if settings.calibration is not None:
+        command += ["--calibration", str(settings.calibration)]
     if settings.plan is not None:
         command += ["--plan", json.dumps(settings.plan.to_json())]
     try:
@@ -80,11 +82,12 @@ def peak_memory() -> int | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("case", help="form:backend:precision")
+    parser.add_argument("case", help="form:backend:precision[+recipe]")
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--random-weights", type=int)
     parser.add_argument("--plan", help="JSON")
+    parser.add_argument("--calibration", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--started", type=float, default=None, help="seconds since the epoch")
@@ -106,7 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else None
     )
     bundle = Bundle.open(given.bundle, hashes=False) if given.bundle else None
-    backend = Opener(checkpoint, bundle, given.work, device=given.device)(candidate)
+    opener = Opener(checkpoint, bundle, given.work, device=given.device, calibration=given.calibration)
+    backend = opener(candidate)
     if checkpoint is not None:
         config, scheduler = checkpoint.transformer, checkpoint.scheduler
     else:

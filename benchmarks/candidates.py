@@ -1,4 +1,4 @@
-"""What can be measured against what: a form of the loop, on a backend, in a precision."""
+"""What can be measured against what: a form of the loop, on a backend, in a precision or by a recipe."""
 
 from __future__ import annotations
 
@@ -14,10 +14,21 @@ from proteus_deploy.reporting import Report, no_report
 if TYPE_CHECKING:
     from proteus_deploy.bundle import Bundle
     from proteus_deploy.checkpoint import Checkpoint
+    from proteus_deploy.export.activation_statistics import ActivationStatistics
+    from proteus_deploy.export.recipe import Recipe
+    from proteus_deploy.export.torch_quantizer import TorchQuantizer
     from proteus_deploy.runtime.backend import Backend
     from proteus_deploy.runtime.eager import EagerBackend
 
-__all__ = ["BASELINES", "Candidate", "Opener", "default_candidates", "parse_candidate", "with_baselines"]
+__all__ = [
+    "BASELINES",
+    "Candidate",
+    "Opener",
+    "default_candidates",
+    "parse_candidate",
+    "quantised_candidates",
+    "with_baselines",
+]
 
 Form = Literal["published", "exact", "plan"]
 FORMS: tuple[Form, ...] = ("published", "exact", "plan")
@@ -29,39 +40,55 @@ BACKENDS = (*_TORCH, "onnxruntime", "openvino", "tensorrt")
 @dataclass(frozen=True)
 class Candidate:
     """form: "published" repeats identity work in every step, "exact" does it once, "plan" leaves out more.
+    recipe: a ready recipe or a JSON file, whose layers have fewer bits than `precision`; "" for none.
 
-    Raises InputError for a word that isn't known, or the published form on another backend than eager: it is
-    what the authors' code does, and nothing exports it.
+    Raises InputError for a word that isn't known, or the published form on another backend than eager or
+    with a recipe: it is what the authors' code does, and nothing exports it.
     """
 
     form: Form
     backend: str
     precision: str
+    recipe: str = ""
 
     def __post_init__(self) -> None:
         for name, known in (("form", FORMS), ("backend", BACKENDS), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(known)}")
-        if self.form == "published" and self.backend != "eager":
+        if self.form == "published" and (self.backend != "eager" or self.recipe):
             raise InputError(
-                f"published:{self.backend} is not a candidate; the published form runs in eager PyTorch"
+                f"{self.name} is not a candidate; the published form runs in eager PyTorch, without a recipe"
             )
+        if self.recipe:
+            self.read_recipe()
 
     @property
     def name(self) -> str:
-        """form:backend:precision"""
-        return f"{self.form}:{self.backend}:{self.precision}"
+        """form:backend:precision[+recipe]"""
+        return f"{self.form}:{self.backend}:{self.precision}" + (f"+{self.recipe}" if self.recipe else "")
+
+    def read_recipe(self) -> Recipe:
+        """Raises InputError where `recipe` is neither a ready one nor a readable file."""
+        from proteus_deploy.export.recipe import Recipe
+
+        return Recipe.load(self.recipe)
 
 
 BASELINES = (Candidate("published", "eager", "fp32"), Candidate("published", "eager", "bf16"))
 
 
 def parse_candidate(text: str) -> Candidate:
-    """The candidate that "form:backend:precision" names. Raises InputError."""
-    parts = text.split(":")
+    """The candidate that "form:backend:precision[+recipe]" names. Raises InputError."""
+    parts = text.split(":", maxsplit=2)
     if len(parts) != 3:
-        raise InputError(f"candidate {text!r} is not form:backend:precision, such as exact:compiled:bf16")
-    return Candidate(*parts)  # type: ignore[arg-type]
+        raise InputError(
+            f"candidate {text!r} is not form:backend:precision[+recipe], such as exact:compiled:bf16 or "
+            "exact:openvino:fp32+int8"
+        )
+    precision, _, recipe = parts[2].partition("+")
+    if "+" in parts[2] and not recipe:
+        raise InputError(f"candidate {text!r} names no recipe after the +; leave it out, or name one")
+    return Candidate(parts[0], parts[1], precision, recipe)  # type: ignore[arg-type]
 
 
 def default_candidates(device: str, *, planned: bool) -> list[Candidate]:
@@ -85,6 +112,12 @@ def default_candidates(device: str, *, planned: bool) -> list[Candidate]:
     return chosen
 
 
+def quantised_candidates(recipe: str, device: str) -> list[Candidate]:
+    """A recipe on every backend that might run it on the device. Raises InputError for an unknown one."""
+    backends = ("compiled", "onnxruntime", "openvino") if device == "cpu" else ("compiled", "tensorrt")
+    return [Candidate("exact", name, "fp32" if device == "cpu" else "bf16", recipe) for name in backends]
+
+
 class Opener:
     """Opens the backend of a candidate; exports a checkpoint below `work` when one needs a bundle."""
 
@@ -96,9 +129,13 @@ class Opener:
         *,
         device: str = "cpu",
         videos: int = 1,
+        calibration: Path | None = None,
         report: Report = no_report,
     ) -> None:
-        """videos: that a loop makes at once."""
+        """videos: that a loop makes at once. calibration: folder of what `calibrate` recorded, for recipes
+        that need it; made-up weights have made-up statistics.
+        """
+        self._calibration = calibration
         self._checkpoint, self._bundle, self._work = checkpoint, bundle, work
         self._device, self._videos, self._report = device, videos, report
         self._first: dict[str, EagerBackend] = {}  # of each precision: the others share its weights
@@ -112,7 +149,7 @@ class Opener:
             raise BackendError("tensorrt runs engines; pass a bundle that `proteus-deploy build` was run on")
         from proteus_deploy.runtime import open_bundle_backend
 
-        bundle = self._bundle_in(candidate.precision)
+        bundle = self._bundle_of(candidate)
         return open_bundle_backend(bundle, candidate.backend, device=self._device)
 
     def _torch(self, candidate: Candidate) -> Backend:
@@ -131,31 +168,60 @@ class Opener:
             kernels="triton" if candidate.backend.endswith("-triton") else "reference",
             attention="cpu-bf16" if candidate.backend == "compiled-cpu" else "torch",
             folded=candidate.form != "published",
-            weights_of=self._first.get(candidate.precision),
+            weights_of=None if candidate.recipe else self._first.get(candidate.precision),
+            quantize=self._quantizer(candidate) if candidate.recipe else None,
         )
-        self._first.setdefault(candidate.precision, backend)
+        if not candidate.recipe:
+            self._first.setdefault(candidate.precision, backend)
         return backend
 
-    def _bundle_in(self, precision: str) -> Bundle:
+    def _quantizer(self, candidate: Candidate) -> TorchQuantizer:
+        from proteus_deploy.export.quantised_export import prepare_quantisation
+        from proteus_deploy.export.torch_quantizer import TorchQuantizer
+        from proteus_deploy.stage_table import build_stage_table
+
+        assert self._checkpoint is not None
+        table, recipe = build_stage_table(self._checkpoint), candidate.read_recipe()
+        found = prepare_quantisation(recipe, self._checkpoint, table, self._statistics())
+        return TorchQuantizer(recipe, found.statistics)
+
+    def _statistics(self) -> ActivationStatistics | None:
+        from proteus_deploy.export.activation_statistics import ActivationStatistics
+
+        return None if self._calibration is None else ActivationStatistics.load(self._calibration)
+
+    def _bundle_of(self, candidate: Candidate) -> Bundle:
         from proteus_deploy.bundle import Bundle
         from proteus_deploy.export.export import export_bundle
+        from proteus_deploy.export.quantised_export import recipe_of
         from proteus_deploy.stage_table import ExportRanges
 
+        recipe = candidate.read_recipe() if candidate.recipe else None
         if self._bundle is not None:
-            if self._bundle.dtype != precision:
+            own = recipe_of(self._bundle.manifest)
+            wanted, found = (None if one is None else one.hash for one in (recipe, own))
+            if (self._bundle.dtype, found) != (candidate.precision, wanted):
+                exported = self._bundle.dtype + ("" if own is None else f"+{own.name}")
                 raise BackendError(
-                    f"the bundle was exported in {self._bundle.dtype}, not {precision}; export another one"
+                    f"the bundle was exported in {exported}, not "
+                    f"{candidate.name.split(':', maxsplit=2)[2]}; export another one"
                 )
             return self._bundle
         assert self._checkpoint is not None
-        several = f"-{self._videos}-videos" if self._videos > 1 else ""
-        folder = self._work / f"bundle-{self._checkpoint.hash[:12]}-{precision}{several}"
+        statistics = self._statistics() if recipe is not None and recipe.needs_statistics else None
+        parts = [self._checkpoint.hash[:12], candidate.precision]
+        parts += [] if recipe is None else [recipe.name, recipe.hash[:12]]
+        parts += [] if statistics is None else [statistics.hash[:12]]
+        parts += [f"{self._videos}-videos"] if self._videos > 1 else []
+        folder = self._work / "-".join(("bundle", *parts))
         if folder.is_dir():
             return Bundle.open(folder, hashes=False)
         return export_bundle(
             self._checkpoint,
             folder,
-            dtype=precision,
+            dtype=candidate.precision,
+            recipe=recipe,
+            statistics=statistics,
             ranges=ExportRanges(max_videos=self._videos),
             reference="none",
             report=self._report,

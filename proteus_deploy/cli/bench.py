@@ -34,8 +34,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--candidate",
         action="append",
-        metavar="FORM:BACKEND:PRECISION",
+        metavar="FORM:BACKEND:PRECISION[+RECIPE]",
         help="such as exact:compiled:bf16; repeatable (default: what is usual on the device)",
+    )
+    parser.add_argument(
+        "--quantize",
+        action="append",
+        metavar="RECIPE",
+        help="a recipe to measure on every backend that can run it; repeatable",
+    )
+    parser.add_argument(
+        "--calibration", type=Path, metavar="DIR", help="for recipes that need it: what `calibrate` recorded"
     )
     parser.add_argument(
         "--baseline", choices=("published", "none"), default="published", help="what is always measured too"
@@ -68,7 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print; 0, or 1 when a candidate failed. Raises InputError or BackendError."""
     from proteus_deploy._files import check_writable
-    from proteus_deploy.benchmarks.candidates import default_candidates, parse_candidate, with_baselines
+    from proteus_deploy.benchmarks.candidates import (
+        default_candidates,
+        parse_candidate,
+        quantised_candidates,
+        with_baselines,
+    )
     from proteus_deploy.cli.progress import PhaseProgress
 
     plots = None if arguments.plots is None else arguments.plots / "steps.png"
@@ -81,6 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
         candidates = [parse_candidate(text) for text in arguments.candidate]
     else:
         candidates = default_candidates(arguments.device, planned=planned)
+    for recipe in arguments.quantize or ():
+        candidates += quantised_candidates(recipe, arguments.device)
     if arguments.baseline == "published":
         candidates = with_baselines(candidates)
     candidates = list(dict.fromkeys(candidates))
@@ -88,6 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("a candidate has the form 'plan', and there is no plan; add --plan FILE")
     with _work_folder(arguments.work_dir) as work:
         checkpoint, bundle = _subject(arguments, work)
+        _check_calibration(arguments, candidates, checkpoint)
         with PhaseProgress() as progress:
             document = _measure(arguments, checkpoint, bundle, candidates, settings, work, progress)
     _write(arguments, document)
@@ -169,7 +186,26 @@ def _settings(arguments: argparse.Namespace) -> BenchSettings:
         guidance_scale=guidance_scale,
         memory=not arguments.no_memory,
         end_to_end=arguments.end_to_end,
+        calibration=arguments.calibration,
     )
+
+
+def _check_calibration(
+    arguments: argparse.Namespace, candidates: list[Candidate], checkpoint: Checkpoint | None
+) -> None:
+    """Raises InputError for statistics that are needed and not given, or given and not needed."""
+    readers = [one.recipe for one in candidates if one.recipe and one.read_recipe().needs_statistics]
+    if arguments.calibration is not None and not readers:
+        raise InputError(
+            f"--calibration is {arguments.calibration}, and no candidate's recipe reads statistics; leave it "
+            "out, or add --quantize int8"
+        )
+    made_up = checkpoint is not None and checkpoint.random_weights_seed is not None
+    if arguments.calibration is None and readers and checkpoint is not None and not made_up:
+        raise InputError(
+            f"recipe {readers[0]!r} needs statistics of activations; run `proteus-deploy calibrate` and pass "
+            "its folder with --calibration"
+        )
 
 
 def _guidance_scale(arguments: argparse.Namespace) -> float:

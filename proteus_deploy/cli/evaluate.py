@@ -254,7 +254,7 @@ def _print(document: Mapping[str, Any], gate: GateResult | None, left_out: Seque
     if gate is not None:
         print()
         print_table(gate.headers(), gate.table())
-        print("passed" if gate.passed else "FAILED: bounds above do not hold")
+        print(gate.verdict)
 
 
 def _number(value: float | None, sign: str = "") -> str:

@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name, gate in gates.items():
         print(f"\nquality, {name}:")
         print_table(gate.headers(), gate.table())
-        print("passed" if gate.passed else "FAILED: bounds above do not hold")
+        print(gate.verdict)
     if arguments.json is not None:
         found = {name: gate.to_json() for name, gate in gates.items()}
         write_json(arguments.json, {**report.to_json(), **({"quality": found} if found else {})})

@@ -72,10 +72,20 @@ class GateResult:
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "passed": self.passed}
 
+    @property
+    def verdict(self) -> str:
+        """ "passed", or what failed: each metric, its bound, and why."""
+        if self.passed:
+            return "passed"
+        return "FAILED: " + ("; ".join(self._failures()) or f"{self.budget} has no bounds")
+
+    def _failures(self) -> list[str]:
+        return [f"{row.metric} {row.bound}: {row.reason}" for row in self.rows if not row.passed]
+
     def raise_if_failed(self) -> None:
         """Raises CheckFailed naming the bounds that don't hold."""
-        failed = [f"{row.metric} {row.bound}: {row.reason}" for row in self.rows if not row.passed]
         if not self.passed:
+            failed = self._failures()
             raise CheckFailed(f"{self.budget}: {len(failed)} of {len(self.rows)} bounds: {'; '.join(failed)}")
 
 

@@ -12,8 +12,15 @@ from typing import Any
 import pytest
 
 from proteus_deploy.benchmarks import candidate_process, denoising_loop, opened_candidate, scaling, sizes
+from proteus_deploy.benchmarks.candidates import parse_candidate, quantised_candidates
+from proteus_deploy.checkpoint import Checkpoint
 from proteus_deploy.cli import bench as command
 from proteus_deploy.cli.main import main
+from proteus_deploy.export.activation_statistics import ActivationStatistics
+from proteus_deploy.export.quantised_export import made_up_statistics
+from proteus_deploy.export.quantize import plan_module
+from proteus_deploy.export.recipe import Recipe
+from proteus_deploy.network_factory import NetworkFactory
 
 
 def run(*words: str) -> int:
@@ -117,9 +124,56 @@ def test_a_candidate_that_fails_keeps_its_row(
     assert rows["exact:eager:fp32"]["status"] == "ok"
 
 
+def test_recipes_beside_the_published_form(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """In PyTorch; that bundles are made by recipe is tested where exports are (test_quantised_export.py)."""
+    file, statistics = tmp_path / "bench.json", tmp_path / "statistics"
+    _write_statistics(tiny_checkpoint, statistics)
+    words = ["--checkpoint", str(tiny_checkpoint), "--json", str(file), "--calibration", str(statistics)]
+    for recipe in ("int8", "fp8", "int4-weight"):
+        words += ["--candidate", f"exact:eager:fp32+{recipe}"]
+    assert run(*words) == 0
+    document = json.loads(file.read_text())
+    rows = {row["case"]: row for row in document["rows"] if row["recipe"]}
+    assert [row["recipe"] for row in document["rows"]] == [None, None, "int8", "fp8", "int4-weight"]
+    fp8 = rows.pop("exact:eager:fp32+fp8")
+    assert fp8["status"] == "not measured"
+    assert "which PyTorch does on CUDA devices from sm89 on" in fp8["reason"]
+    for case, row in rows.items():
+        assert row["status"] == "ok", row["reason"]
+        assert 1e-5 < row["relative_error"] < 0.5, case
+        assert row["floor_ms"] is None, "products of codes have no measured rate"
+    assert document["settings"]["statistics"] == ActivationStatistics.load(statistics).hash
+
+
+def test_a_recipe_goes_to_every_backend_of_the_device() -> None:
+    names = [one.name for one in quantised_candidates("int8", "cpu")]
+    assert names == [f"exact:{name}:fp32+int8" for name in ("compiled", "onnxruntime", "openvino")]
+    assert [one.name for one in quantised_candidates("fp8", "cuda:0")] == [
+        "exact:compiled:bf16+fp8",
+        "exact:tensorrt:bf16+fp8",
+    ]
+    assert parse_candidate("exact:openvino:bf16+int8").recipe == "int8"
+
+
+def _write_statistics(checkpoint: Path, folder: Path) -> None:
+    """Every channel reaches 4, said to be recorded on `checkpoint`."""
+    found = Checkpoint.open(checkpoint)
+    plans = {
+        name: plan_module(Recipe.load("int8"), name, NetworkFactory(found, folded=True)(name).module)
+        for name in ("denoiser", "text_encoder")
+    }
+    layers = made_up_statistics(plans).layers
+    ActivationStatistics(layers, (0,), {"checkpoint": found.hash, "settings": {}, "cases": []}).save(folder)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--candidate", "exact:eager:fp32+int3"], "no recipe 'int3'; ready ones are fp8"),
+        (["--candidate", "exact:eager:fp32+"], "names no recipe after the +"),
+        (["--candidate", "published:eager:fp32+int8"], "runs in eager PyTorch, without a recipe"),
+        (["--quantize", "int8"], "recipe 'int8' needs statistics of activations; run `proteus-deploy calib"),
+        (["--calibration", "here"], "no candidate's recipe reads statistics; leave it out"),
         (["--candidate", "exact:eager"], "is not form:backend:precision"),
         (["--candidate", "fast:eager:fp32"], "form is 'fast'; choose from published, exact, plan"),
         (["--candidate", "exact:cudnn:fp32"], "backend is 'cudnn'; choose from eager"),

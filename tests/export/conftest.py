@@ -1,15 +1,20 @@
-"""A small bundle written by hand: two stages, three graphs, no exporter involved."""
+"""A small bundle written by hand: two stages, three graphs, no exporter involved. Exports traced once."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from proteus_deploy.bundle import Bundle, write_manifest
 from proteus_deploy.stages import AxisRange, Graph, StageTable, TensorSpec
+
+if TYPE_CHECKING:
+    from proteus_deploy.export.onnx_graph import ExportedGraph
 
 WIDTH = 16
 
@@ -123,3 +128,41 @@ def new_model() -> Callable[..., Any]:
 def new_bundle(tmp_path: Path) -> Callable[..., Bundle]:
     pytest.importorskip("onnx")
     return lambda name, *args, **options: make_bundle(tmp_path / name, *args, **options)
+
+
+class TracedOnce:
+    """Stands in for `export.export_graph`: a plain bundle's graphs are copied, not traced again.
+
+    Quantised graphs start from a trace that each graph has once. Other precisions and made-up weights are
+    exported as ever.
+    """
+
+    def __init__(self, plain: Bundle, original: Callable[..., ExportedGraph]) -> None:
+        self._plain, self._original = plain, original
+        self._traces: dict[str, Any] = {}
+
+    def __call__(
+        self, graph: Graph, table: StageTable, network: Any, destination: Path, **settings: Any
+    ) -> ExportedGraph:
+        from proteus_deploy.export.onnx_graph import ExportedGraph, traced_model, write_model
+        from proteus_deploy.weights import RandomWeights
+
+        quantisation, dtype = settings.get("quantisation"), settings["dtype"]
+        if dtype != torch.float32 or isinstance(network.source, RandomWeights):
+            return self._original(graph, table, network, destination, **settings)
+        if quantisation is None:
+            shutil.copyfile(self._plain.onnx_file(graph.name), destination)
+            record = self._plain.manifest["graphs"][graph.name]
+            return ExportedGraph((destination.name,), record["opset"], record["operators"], 0)
+        if graph.name not in self._traces:
+            self._traces[graph.name] = traced_model(graph, table, network, dtype=dtype), network
+        model, first = self._traces[graph.name]
+        return write_model(model.clone(), first, destination, dtype=dtype, quantisation=quantisation)
+
+
+@pytest.fixture(scope="session")
+def export_traced_once() -> Callable[[Path], TracedOnce]:
+    """export_traced_once(bundle) -> what a test sets as `export.export_graph`; of one checkpoint only."""
+    from proteus_deploy.export.onnx_graph import export_graph
+
+    return lambda bundle: TracedOnce(Bundle.open(bundle, hashes=False), export_graph)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from proteus_deploy import GenerateRequest
+from proteus_deploy.benchmarks.candidates import Candidate, Opener
 from proteus_deploy.bundle import Bundle
 from proteus_deploy.checkpoint import Checkpoint
 from proteus_deploy.cli.main import main
@@ -21,11 +22,9 @@ from proteus_deploy.errors import BackendError, InputError
 from proteus_deploy.export import export
 from proteus_deploy.export.activation_statistics import ActivationStatistics
 from proteus_deploy.export.calibrate import CalibrationCase, calibrate
-from proteus_deploy.export.onnx_graph import ExportedGraph, traced_model, write_model
 from proteus_deploy.export.recipe import Recipe
 from proteus_deploy.export.verify import verify_bundle
 from proteus_deploy.runtime.onnxruntime_backend import OnnxRuntimeBackend
-from proteus_deploy.weights import RandomWeights
 
 RUINED = {
     "schema_version": 1,
@@ -47,33 +46,13 @@ def checkpoint(parity: Path) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def traces() -> dict[str, Any]:
-    return {}
+def traces(parity_bundle: Path, export_traced_once: Callable[[Path], Any]) -> Any:
+    return export_traced_once(parity_bundle)
 
 
 @pytest.fixture(autouse=True)
-def _trace_once(
-    traces: dict[str, Any], parity_bundle: Path, parity: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Graphs that are quantised are traced once; the others are taken from the plain bundle."""
-    plain = Bundle.open(parity_bundle, hashes=False)
-    original = export.__dict__["export_graph"]
-
-    def take(graph: Any, table: Any, network: Any, destination: Path, **settings: Any) -> ExportedGraph:
-        quantisation, dtype = settings.get("quantisation"), settings["dtype"]
-        known = traces.get(graph.name)
-        if dtype != torch.float32 or isinstance(network.source, RandomWeights):
-            return original(graph, table, network, destination, **settings)  # type: ignore[no-any-return]
-        if quantisation is None:
-            shutil.copyfile(plain.onnx_file(graph.name), destination)
-            record = plain.manifest["graphs"][graph.name]
-            return ExportedGraph((destination.name,), record["opset"], record["operators"], 0)
-        if known is None:
-            model = traced_model(graph, table, network, dtype=dtype)
-            known = traces[graph.name] = (model, network)
-        return write_model(known[0].clone(), known[1], destination, dtype=dtype, quantisation=quantisation)
-
-    monkeypatch.setattr(export, "export_graph", take)
+def _trace_once(traces: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "export_graph", traces)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +140,34 @@ def test_a_ruined_recipe_fails_its_budget(run: Callable[..., Bundle], tmp_path: 
     report = verify_bundle(bundle, ["onnxruntime"], budget=budget)
     assert not report.passed
     assert next(row for row in report.rows if row.check == "denoiser").status == "failed"
+
+
+def test_a_bench_candidate_has_the_bundle_of_its_recipe(
+    checkpoint: Checkpoint, statistics: Path, tmp_path: Path
+) -> None:
+    """Made when it is first asked for; a bundle of another recipe is refused."""
+    candidates = [Candidate("exact", "onnxruntime", "fp32", name) for name in ("int8", "int8-weight")]
+    opener = Opener(checkpoint, None, tmp_path, calibration=statistics)
+    for candidate in (*candidates, candidates[0]):
+        backend = opener(candidate)
+        backend.close()
+    bundles = [Bundle.open(folder) for folder in sorted(tmp_path.iterdir())]
+    assert {bundle.manifest["quantization"]["recipe"]["name"] for bundle in bundles} == {
+        "int8",
+        "int8-weight",
+    }
+    assert len(bundles) == 2
+    given = Opener(None, bundles[0], tmp_path)
+    for candidate in (*candidates, Candidate("exact", "onnxruntime", "fp32")):
+        name = bundles[0].manifest["quantization"]["recipe"]["name"]
+        if candidate.recipe == name:
+            given(candidate).close()
+        else:
+            wanted = candidate.name.split(":")[-1]
+            with pytest.raises(
+                BackendError, match=re.escape(f"in fp32+{name}, not {wanted}; export another")
+            ):
+                given(candidate)
 
 
 def test_formats_without_a_tolerance_ask_for_one(run: Callable[..., Bundle], tmp_path: Path) -> None:
