@@ -20,6 +20,7 @@ from torch import nn
 
 from proteus_deploy._files import atomic_file
 from proteus_deploy.errors import BackendError, InputError
+from proteus_deploy.export.half_norms import widen_norms
 from proteus_deploy.export.qdq import Quantisation, insert_qdq
 from proteus_deploy.model.networks import Network, fill_computed_buffers, parameter_dtype
 from proteus_deploy.reporting import no_report
@@ -98,6 +99,8 @@ def traced_model(
     module, fakes = _fake_module(network.module, dtype)
     model = _trace(module, graph, table, dtype, fakes, translations)
     _simplify(model)
+    if dtype == torch.float16:
+        widen_norms(model)
     _strip_machine_traces(model)
     return model
 
