@@ -87,21 +87,18 @@ TOLERANCES: Mapping[tuple[str, ...], Tolerance] = {
     ),
     # Of a quantised bundle: by graph and its coarsest format; 16-bit bundles get their own bound on top.
     ("quantised", "denoiser", "int8"): Tolerance(
-        3e-2,
+        8e-2,
         "relative",
-        "steps of a 127th: 5e-3 in the tiny model's denoiser for weights alone, 1.5e-2 with activations",
+        "twice the tiny model's at its smallest sizes: 2.1e-2, 4.1e-2 where OpenVINO cuts sums on AVX2",
     ),
     ("quantised", "denoiser", "fp8_e4m3"): Tolerance(
-        5e-2,
-        "relative",
-        "E4M3 has three bits behind the first, 2.4e-2 a product of normal numbers: 2e-2 in the tiny model's "
-        "denoiser, 2.5e-2 with attention",
+        1.2e-1, "relative", "twice the tiny model's at its smallest sizes: 5.2e-2, 5.8e-2 with attention"
     ),
     ("quantised", "denoiser", "int4"): Tolerance(
-        1e-1, "relative", "steps of a seventh of the largest of 32 weights: 5e-2 in the tiny model's denoiser"
+        2.4e-1, "relative", "twice the tiny model's at its smallest sizes: 1.2e-1"
     ),
     ("quantised", "denoiser", "nvfp4"): Tolerance(
-        1e-1, "relative", "E2M1 has one bit behind the first: 5e-2 in the tiny model's denoiser"
+        2.4e-1, "relative", "twice the tiny model's at its smallest sizes: 1.1e-1"
     ),
     ("quantised", "text_encoder", "int8"): Tolerance(
         6e-2,
@@ -113,35 +110,21 @@ TOLERANCES: Mapping[tuple[str, ...], Tolerance] = {
         "relative",
         "steps of a 127th of each row's largest weight: 9e-3 in the tiny model's image tower",
     ),
-    ("quantised", "latents", "int8"): Tolerance(
-        5e-2,
-        "relative",
-        "the errors of steps and of the text add up: 1e-2 over four steps of the parity case",
-    ),
+    # Of the recorded request: random features, four steps, guidance of 6, which magnifies what differs
+    # between the two rows. Twice the largest of the tiny model's recipes on ONNX Runtime and OpenVINO.
+    ("quantised", "latents", "int8"): Tolerance(1.6e-1, "relative", "twice the tiny model's 8.2e-2"),
     ("quantised", "latents", "fp8_e4m3"): Tolerance(
-        6e-2, "relative", "as int8: 2e-2 over four steps of the parity case"
+        3.2e-1, "relative", "twice the tiny model's 1.6e-1, with attention"
     ),
-    ("quantised", "latents", "int4"): Tolerance(
-        6e-2, "relative", "as int8: 2e-2 over four steps of the parity case"
-    ),
-    ("quantised", "latents", "nvfp4"): Tolerance(
-        6e-2, "relative", "as int4, whose denoiser's error is within a tenth of nvfp4's"
-    ),
-    ("quantised", "frames", "int8"): Tolerance(
-        2e-1, "absolute", "the worst pixel of all, through an untrained decoder: 8e-2 in the parity case"
-    ),
+    ("quantised", "latents", "int4"): Tolerance(2.2e-1, "relative", "twice the tiny model's 1.1e-1"),
+    ("quantised", "latents", "nvfp4"): Tolerance(2.8e-1, "relative", "twice the tiny model's 1.4e-1"),
+    # Relative: the worst pixel of all says little of a video.
+    ("quantised", "frames", "int8"): Tolerance(8e-2, "relative", "twice the tiny model's 3.9e-2"),
     ("quantised", "frames", "fp8_e4m3"): Tolerance(
-        3e-1,
-        "absolute",
-        "the worst pixel of all, through an untrained decoder: 1.3e-1 in the parity case, 2.2e-1 with "
-        "attention",
+        1.7e-1, "relative", "twice the tiny model's 8.5e-2, with attention"
     ),
-    ("quantised", "frames", "int4"): Tolerance(
-        4e-1, "absolute", "the worst pixel of all, through an untrained decoder: 1.8e-1 in the parity case"
-    ),
-    ("quantised", "frames", "nvfp4"): Tolerance(
-        4e-1, "absolute", "as int4, whose denoiser's error is within a tenth of nvfp4's"
-    ),
+    ("quantised", "frames", "int4"): Tolerance(1.3e-1, "relative", "twice the tiny model's 6.2e-2"),
+    ("quantised", "frames", "nvfp4"): Tolerance(1.6e-1, "relative", "twice the tiny model's 7.8e-2"),
     ("quantised", "same codes", "fp32"): Tolerance(
         2e-3,
         "relative",
