@@ -4,8 +4,11 @@ Writes a folder with the published configuration (no weights), exports it with m
 process of its own, and records wall time, peak memory and file sizes.
 
     python -m proteus_deploy.benchmarks.real_size_export --work-dir /tmp/real --output results.json
+    python -m proteus_deploy.benchmarks.real_size_export --work-dir /tmp/real --output results.json \
+        --quantize int8 --quantize fp8
 
-The bundle is about 28 GiB in bf16; it is removed afterwards unless --keep is given.
+The bundle is about 28 GiB in bf16; it is removed afterwards unless --keep is given. With --quantize, the
+denoiser alone is written, once for each recipe; statistics are made up like the weights.
 """
 
 from __future__ import annotations
@@ -17,11 +20,17 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from proteus_deploy._files import write_json
+from proteus_deploy.benchmarks.limited_process import Limits, run_limited
 from proteus_deploy.benchmarks.machine import describe_commit, describe_machine, describe_versions
+from proteus_deploy.benchmarks.real_size_denoiser import export_command
+from proteus_deploy.errors import InputError
+
+_MOST_MEMORY_BYTES = 18 << 30  # of a child: the 24 GB of the machine less what others need
 
 # CogVideoX-5B-I2V with the identity modules of the published Proteus-ID code.
 TRANSFORMER: dict[str, Any] = {
@@ -125,11 +134,11 @@ SCHEDULER: dict[str, Any] = {
 }
 
 
-def write_configs(folder: Path) -> Path:
-    """A checkpoint folder of real size without its weights."""
+def write_configs(folder: Path, layers: int = TRANSFORMER["num_layers"]) -> Path:
+    """A checkpoint folder of real size without its weights. layers: fewer for a slice of the transformer."""
     documents = {
         "model_index.json": {"_class_name": "ProteusIDPipeline"},
-        "transformer/config.json": TRANSFORMER,
+        "transformer/config.json": {**TRANSFORMER, "num_layers": layers},
         "vae/config.json": VAE,
         "text_encoder/config.json": TEXT_ENCODER,
         "scheduler/scheduler_config.json": SCHEDULER,
@@ -172,33 +181,93 @@ def measure(work: Path, dtype: str) -> dict[str, Any]:
     return {**row, "status": "ok", "graph_bytes": sizes, "bundle_bytes": sum(sizes.values())}
 
 
-def main() -> int:
+def measure_quantised(work: Path, dtype: str, recipe: str, layers: int, *, keep: bool) -> dict[str, Any]:
+    """Export the denoiser with a recipe in a child process; returns the row of the result file."""
+    configs = write_configs(work / f"configs-{layers}", layers)
+    folder = work / f"denoiser-{Path(recipe).stem}-{layers}"
+    limits = Limits(anonymous_bytes=_MOST_MEMORY_BYTES)
+    outcome = run_limited(export_command(configs, folder / "denoiser.onnx", recipe, dtype), limits)
+    if not keep:
+        shutil.rmtree(folder, ignore_errors=True)
+    row: dict[str, Any] = {"case": "export", "recipe": recipe, "dtype": dtype, "layers": layers}
+    if outcome.result is None:
+        return {**row, "status": "failed", "reason": outcome.reason, "seconds": outcome.seconds}
+    return {**row, "status": "ok", **outcome.result}
+
+
+def earlier_rows(file: Path, commit: str) -> list[dict[str, Any]]:
+    """Rows of a file that goes on; none where there is no file. Raises InputError for another commit."""
+    if not file.is_file():
+        return []
+    document = json.loads(file.read_text(encoding="utf-8"))
+    if document["commit"] != commit:
+        raise InputError(
+            f"{file} holds results of commit {document['commit']}, and this is {commit}; name another file, "
+            "since one file can't hold both"
+        )
+    rows: list[dict[str, Any]] = document["rows"]
+    return rows
+
+
+def put_row(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
+    """Append a row, or put it in the place of the one of the same case."""
+
+    def key(one: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(one.get(field) for field in ("case", "recipe", "dtype", "layers", "target"))
+
+    places = [index for index, one in enumerate(rows) if key(one) == key(row)]
+    if places:
+        rows[places[0]] = row
+    else:
+        rows.append(row)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work-dir", type=Path, required=True, help="needs 30 GiB free")
     parser.add_argument("--output", type=Path, required=True, help="result file, JSON")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="bf16")
-    parser.add_argument("--keep", action="store_true", help="keep the bundle")
-    arguments = parser.parse_args()
-    row = measure(arguments.work_dir, arguments.dtype)
+    parser.add_argument(
+        "--quantize", action="append", metavar="RECIPE", help="the denoiser alone, quantised; repeatable"
+    )
+    parser.add_argument(
+        "--layers", type=int, default=TRANSFORMER["num_layers"], help="of the denoiser, with --quantize"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep what was exported")
+    arguments = parser.parse_args(argv)
+    work, dtype, recipes, layers = arguments.work_dir, arguments.dtype, arguments.quantize, arguments.layers
+    if recipes is None and layers != TRANSFORMER["num_layers"]:
+        parser.error("--layers is for --quantize: a bundle is of the whole size")
+    commit = describe_commit(Path(__file__).resolve().parent.parent)
+    rows = earlier_rows(arguments.output, commit)
+    settings: dict[str, Any] = {
+        "weights": "random, made while read",
+        "layers": layers,
+        "width": TRANSFORMER["num_attention_heads"] * TRANSFORMER["attention_head_dim"],
+        "face_encoder": "absent",
+    }
+    if recipes is not None:
+        settings["graphs"] = ["denoiser"]
     result = {
         "machine": describe_machine(),
         "versions": describe_versions(),
-        "commit": describe_commit(Path(__file__).resolve().parent.parent),
-        "settings": {
-            "weights": "random, made while read",
-            "layers": 42,
-            "width": 3072,
-            "face_encoder": "absent",
-        },
-        "rows": [row],
+        "commit": commit,
+        "settings": settings,
+        "rows": rows,
     }
-    write_json(arguments.output, result)
+    for recipe in recipes or (None,):
+        if recipe is None:
+            row = measure(work, dtype)
+        else:
+            row = measure_quantised(work, dtype, recipe, layers, keep=arguments.keep)
+        put_row(rows, row)
+        write_json(arguments.output, result)  # after each: a row takes minutes
+        print(json.dumps(row), flush=True)
     if not arguments.keep:
-        shutil.rmtree(arguments.work_dir / "bundle", ignore_errors=True)
-    print(json.dumps(row))
-    return 0 if row["status"] == "ok" else 1
+        shutil.rmtree(work / "bundle", ignore_errors=True)
+    return 0 if all(row["status"] == "ok" for row in rows) else 1
 
 
 if __name__ == "__main__":
