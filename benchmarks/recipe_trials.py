@@ -108,6 +108,7 @@ class RecipeTrials:
             reference="none",
             recipe=self._recipes[recipe],
             statistics=self._statistics,
+            graphs_from=None if recipe == PLAIN else self.bundle(PLAIN),
             report=lambda phase, done, total: self._report(f"{recipe}: {phase}", done, total),
         )
 

@@ -28,6 +28,7 @@ from proteus_deploy.export.reference import (
     save_stage,
     save_video,
 )
+from proteus_deploy.export.reused_graphs import check_reusable, copy_graph
 from proteus_deploy.network_factory import NetworkFactory
 from proteus_deploy.reporting import Report, no_report
 from proteus_deploy.runtime.backend import resolve_dtype, short_dtype
@@ -59,6 +60,7 @@ def export_bundle(
     identity_plugin: bool = False,
     recipe: Recipe | None = None,
     statistics: ActivationStatistics | None = None,
+    graphs_from: Bundle | None = None,
     report: Report = no_report,
 ) -> Bundle:
     """Write a bundle to `destination`, in one rename: it is there whole or not at all.
@@ -69,6 +71,8 @@ def export_bundle(
     identity_plugin: the denoiser's identity attention as one node, which TensorRT's plugin alone runs.
     recipe: which layers get codes of few bits; the recorded reference stays the unquantised one.
     statistics: of this checkpoint's activations, for recipes that read them; they go into the bundle.
+    graphs_from: an earlier bundle of this checkpoint, dtype and ranges, whose graphs are copied where they
+    would come out the same.
     report(phase, done, total) is called as the work goes on.
     Raises CheckpointError, InputError or BackendError.
     """
@@ -81,6 +85,8 @@ def export_bundle(
     table = build_stage_table(checkpoint, ranges)
     if checkpoint.random_weights_seed is None:
         _try_tokenizer(checkpoint)
+    if graphs_from is not None:
+        check_reusable(graphs_from, checkpoint, table, short_dtype(precision), versions())
     quantised = None if recipe is None else prepare_quantisation(recipe, checkpoint, table, statistics)
     with atomic_directory(destination, replace=overwrite) as folder:
         graphs = _export_graphs(
@@ -91,6 +97,7 @@ def export_bundle(
             report,
             identity_plugin=identity_plugin,
             quantised=quantised,
+            graphs_from=graphs_from,
         )
         if quantised is not None:
             quantised.save(folder)
@@ -173,14 +180,21 @@ def _export_graphs(
     *,
     identity_plugin: bool,
     quantised: QuantisedExport | None,
+    graphs_from: Bundle | None,
 ) -> dict[str, Any]:
     folder.mkdir()
     factory = NetworkFactory(checkpoint, folded=True)
     records = {}
     for index, graph in enumerate(table.graphs):
         say("export", index, len(table.graphs))
-        network, fused = factory(graph.name), identity_plugin and graph.name == "denoiser"
+        fused = identity_plugin and graph.name == "denoiser"
         quantisation = None if quantised is None else quantised.of(graph.name)
+        if graphs_from is not None and quantisation is None and not fused:
+            copied = copy_graph(graphs_from, graph.name, folder)
+            if copied is not None:
+                records[graph.name] = copied
+                continue
+        network = factory(graph.name)
         exported = export_graph(
             graph,
             table,

@@ -49,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="statistics of activations for --quantize, as `calibrate` wrote them",
     )
+    parser.add_argument(
+        "--graphs-from",
+        type=Path,
+        metavar="BUNDLE",
+        help="copy what comes out the same from an earlier export with the same flags but --quantize",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace DIR, once the new bundle is whole")
     parser.add_argument(
         "--random-weights",
@@ -62,11 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from proteus_deploy.checkpoint import Checkpoint
     from proteus_deploy.cli.output import print_json, print_table
+    from proteus_deploy.cli.paths import open_bundle
     from proteus_deploy.cli.progress import PhaseProgress
     from proteus_deploy.export.export import export_bundle
     from proteus_deploy.stage_table import ExportRanges
 
     recipe, statistics = _quantisation(arguments)
+    earlier = None if arguments.graphs_from is None else open_bundle(arguments.graphs_from)
     checkpoint = Checkpoint.open(arguments.checkpoint, random_weights_seed=arguments.random_weights)
     ranges = ExportRanges(
         arguments.max_height, arguments.max_width, arguments.max_num_frames, arguments.max_videos
@@ -82,6 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
             identity_plugin=arguments.identity_plugin,
             recipe=recipe,
             statistics=statistics,
+            graphs_from=earlier,
             report=report,
         )
     parity = bundle.manifest["parity"]

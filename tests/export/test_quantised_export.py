@@ -131,6 +131,34 @@ def test_same_input_same_bytes(run: Callable[..., Bundle]) -> None:
         assert one.manifest["files"] == two.manifest["files"]
 
 
+def test_graphs_of_an_earlier_export_are_copied(
+    run: Callable[..., Bundle], parity_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what the recipe changes is traced, and the bytes are those of a whole export."""
+    traced = []
+    original = export.__dict__["export_graph"]
+
+    def trace(graph: Any, *rest: Any, **settings: Any) -> Any:
+        traced.append(graph.name)
+        return original(graph, *rest, **settings)
+
+    whole = run("int8", "whole", reference="none")
+    monkeypatch.setattr(export, "export_graph", trace)
+    plain = Bundle.open(parity_bundle)
+    copied = run("int8", "copied", reference="none", graphs_from=plain)
+    assert sorted(traced) == ["denoiser", "text_encoder"]
+    assert copied.manifest["files"] == whole.manifest["files"]
+    assert copied.manifest["graphs"] == whole.manifest["graphs"]
+    traced.clear()
+    run("int8-weight", "again", reference="none", graphs_from=copied)
+    assert sorted(traced) == ["denoiser", "text_encoder"], "quantised graphs of another recipe stay there"
+    with pytest.raises(InputError, match=r"its dtype differ \(fp32, here bf16\); leave --graphs-from out"):
+        run("int8-weight", "other", reference="none", graphs_from=plain, dtype="bf16")
+    foreign = {**plain.manifest, "versions": {"torch": "1.0"}}
+    with pytest.raises(InputError, match="its versions differ"):
+        run("int8", "old", graphs_from=replace(plain, manifest=foreign))
+
+
 def test_a_ruined_recipe_fails_its_budget(run: Callable[..., Bundle], tmp_path: Path) -> None:
     bundle = run(Recipe.from_json(RUINED), statistics=None)
     assert bundle.manifest["quantization"]["statistics"] is None
