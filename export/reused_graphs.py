@@ -31,7 +31,7 @@ def check_reusable(
     for what, theirs, ours in (
         ("checkpoint", manifest["checkpoint"]["hash"], checkpoint.hash),
         ("dtype", bundle.dtype, dtype),
-        ("ranges", manifest["stage_table"], table.to_json()),
+        ("ranges", bundle.table, table),
         ("versions", manifest["versions"], versions),
     ):
         if theirs != ours:
