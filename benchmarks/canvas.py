@@ -49,6 +49,10 @@ class Canvas:
         corners = ((x, y), (x + max(width, 0.5), y + height))
         self._shapes.append(_Shape("bar", corners, COLOURS[series % len(COLOURS)], note=note))
 
+    def cell(self, x: float, y: float, width: float, height: float, colour: str, note: str = "") -> None:
+        """A filled rectangle of any colour, "#RRGGBB"; note: shown when it is pointed at."""
+        self._shapes.append(_Shape("bar", ((x, y), (x + width, y + height)), colour, note=note))
+
     def line(
         self, points: Sequence[Point], kind: Literal["grid", "ink", "limit"] | int, *, dashed: bool = False
     ) -> None:

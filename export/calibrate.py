@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from proteus_deploy.pipeline import Pipeline
     from proteus_deploy.request import GenerateRequest
 
-__all__ = ["CALIBRATED_GRAPHS", "CalibrationCase", "calibrate", "cases_folder", "equal_groups"]
+__all__ = ["CALIBRATED_GRAPHS", "CalibrationCase", "calibrate", "case_key", "cases_folder", "equal_groups"]
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def calibrate(
     lowest = equal_groups(groups)
     report("hashing the checkpoint", 0, 1)
     settings = _settings(dtype, device, lowest)
-    keys = [_case_key(checkpoint.hash, settings, case) for case in cases]
+    keys = [case_key(checkpoint.hash, settings, case) for case in cases]
     report("hashing the checkpoint", 1, 1)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         done = _earlier(folder, keys, settings)
@@ -147,7 +147,7 @@ def _settings(
     }
 
 
-def _case_key(checkpoint: str, settings: dict[str, Any], case: CalibrationCase) -> str:
+def case_key(checkpoint: str, settings: dict[str, Any], case: CalibrationCase) -> str:
     """sha256 (hex) of everything that the statistics of a case depend on."""
     request = case.request.to_json() | {"photo": _photo_key(case.request)}
     document = {"name": case.name, "checkpoint": checkpoint, "settings": settings, "request": request}

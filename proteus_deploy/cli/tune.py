@@ -1,14 +1,14 @@
-"""`proteus-deploy tune`: which plan leaves out most and still gives the video?"""
+"""`proteus-deploy tune`: which plan or recipe costs least and still gives the video?"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proteus_deploy.benchmarks.plan_families import POLICIES
 from proteus_deploy.cli.request_cases import add_case_arguments, cases_of
+from proteus_deploy.cli.tune_quantize import add_quantize_arguments, check_quantize_flags, search_recipe
 from proteus_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from proteus_deploy.pipeline import Pipeline
 
 NAME = "tune"
-HELP = "find the plan that leaves out most work inside a quality budget"
+HELP = "find the plan that leaves out most work, or a mixture of formats, inside a quality budget"
 
 _CACHE_BYTES = 1 << 30
 _BACKENDS = ("onnxruntime", "openvino", "tensorrt", "eager", "compiled")
@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BUNDLE_OR_CHECKPOINT",
         help="default: the tiny model that ships, on drawn people",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="PLAN.json", help="file for the plan")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE.json", help="for the plan or recipe"
+    )
     add_case_arguments(parser)
     parser.add_argument(
         "--check",
@@ -51,10 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attention", metavar="NAME", help="checkpoint only, as for generate")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every trial as JSON")
     parser.add_argument("--report", type=Path, metavar="FILE.html", help="also write a page with the front")
+    add_quantize_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Search, print the trials, write the plan. Raises InputError or BackendError."""
+    """Search, print the trials, write what was chosen. Returns 0; 1 where no recipe keeps the budget.
+
+    Raises InputError or BackendError.
+    """
     from proteus_deploy._files import check_writable, write_json
     from proteus_deploy.benchmarks.bench_report import write_text
     from proteus_deploy.benchmarks.tuning import search_plan
@@ -64,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     from proteus_deploy.evaluate.encoders import load_encoders
     from proteus_deploy.tiny.trained import ENCODERS
 
+    check_quantize_flags(arguments)
     for file in (arguments.output, arguments.json, arguments.report):
         if file is not None:
             check_writable(file)
@@ -74,6 +81,16 @@ def run(arguments: argparse.Namespace) -> int:
     cases = cases_of(arguments)
     kept_out = _kept_out(arguments.check, len(cases))
     encoders = load_encoders(arguments.encoders or ENCODERS)
+    if arguments.quantize:
+        return search_recipe(
+            arguments,
+            cases,
+            kept_out,
+            budget,
+            encoders,
+            open_pipeline=lambda: _open(arguments),
+            about=lambda pipeline: _about(arguments, budget, cases, pipeline),
+        )
     with _open(arguments) as pipeline, PhaseProgress() as progress:
         tuning = search_plan(
             pipeline,
@@ -150,7 +167,7 @@ def _open(arguments: argparse.Namespace) -> Pipeline:
 
 def _about(
     arguments: argparse.Namespace, budget: Budget, cases: list[TuningCase], pipeline: Pipeline
-) -> dict[str, Mapping[str, Any] | str]:
+) -> dict[str, Any]:
     from proteus_deploy.benchmarks.machine import describe_commit, describe_machine, describe_versions
 
     request = cases[0].request
