@@ -4,16 +4,18 @@
     python -m proteus_deploy.benchmarks.real_size_denoiser build --configs DIR --onnx FILE --target sm89
 
 Weights are random and made while they are read; so are the statistics of recipes that read any. Both print
-one JSON object on their last line. real_size_export.py and real_size_engines.py run them.
+one JSON object on their last line. real_size_export.py, real_size_engines.py and quantised_engines.py run
+them; the last of them with a checkpoint of its own, of which `build` reads the configs only.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,12 @@ from typing import Any
 from proteus_deploy._files import write_json
 from proteus_deploy.benchmarks.candidate_process import peak_memory
 from proteus_deploy.errors import InputError
+from proteus_deploy.export.engine_findings import UNFOLDED
+from proteus_deploy.export.engine_recipe import HIGHER, add_recipe
+from proteus_deploy.export.quantize import GraphPlan
 from proteus_deploy.export.recipe import Recipe
 
-__all__ = ["build", "denoiser_alone", "export", "export_command"]
+__all__ = ["build", "build_command", "denoiser_alone", "export", "export_command", "summarise"]
 
 GRAPH = "denoiser"
 MADE_UP_SEED = 0
@@ -72,8 +77,8 @@ def build_command(configs: Path, onnx_file: Path, target: str, dtype: str) -> li
 def export(configs: Path, onnx_file: Path, recipe_name: str, dtype: str) -> dict[str, Any]:
     """Write `onnx_file`, its data file and what the recipe did; what that cost.
 
-    {seconds (tracing and writing), peak_memory_bytes, file_bytes, statistics, linear_layers
-    {precision: how many}}. Raises InputError.
+    {seconds (tracing and writing), load_average (of the last five minutes), peak_memory_bytes, file_bytes,
+    statistics, linear_layers {precision: how many}}. Raises InputError.
     """
     from proteus_deploy.checkpoint import Checkpoint
     from proteus_deploy.export.onnx_graph import export_graph
@@ -98,12 +103,13 @@ def export(configs: Path, onnx_file: Path, recipe_name: str, dtype: str) -> dict
     )
     seconds = time.monotonic() - started_s
     plan = quantised.plans[GRAPH]
-    write_json(onnx_file.with_name(_QUANTISATION), {"recipe": recipe.to_json(), "plan": plan.to_json()})
+    note_quantisation(onnx_file, recipe, plan)
     layers: dict[str, int] = {}
     for layer in plan.layers:
         layers[layer.precision] = layers.get(layer.precision, 0) + 1
     return {
         "seconds": round(seconds, 1),
+        "load_average": round(os.getloadavg()[1], 1),
         "peak_memory_bytes": peak_memory(),
         "file_bytes": sum((onnx_file.parent / name).stat().st_size for name in exported.files),
         "statistics": "made up" if quantised.made_up else "none needed",
@@ -111,11 +117,17 @@ def export(configs: Path, onnx_file: Path, recipe_name: str, dtype: str) -> dict
     }
 
 
+def note_quantisation(onnx_file: Path, recipe: Recipe, plan: GraphPlan) -> None:
+    """Write down beside `onnx_file` what the recipe did to it, for `build`."""
+    write_json(onnx_file.with_name(_QUANTISATION), {"recipe": recipe.to_json(), "plan": plan.to_json()})
+
+
 def build(configs: Path, onnx_file: Path, target: str, dtype: str) -> dict[str, Any]:
     """Build an engine beside `onnx_file`; what that took.
 
-    {seconds, peak_memory_bytes, engine_bytes, predicted_bytes, status, precisions}. The prediction of host
-    memory stops nothing: the caller watches. Raises InputError, BundleError or BackendError.
+    {seconds, load_average, peak_memory_bytes, engine_bytes, predicted_bytes, status, precisions} and, where
+    `onnx_file` was quantised, what `summarise` says. The prediction of host memory stops nothing: the caller
+    watches. Raises InputError, BundleError or BackendError.
     """
     from proteus_deploy.checkpoint import Checkpoint
     from proteus_deploy.export.tensorrt_engine import build_engine
@@ -133,20 +145,57 @@ def build(configs: Path, onnx_file: Path, target: str, dtype: str) -> dict[str, 
         dtype=dtype,
         force_memory=True,
     )
+    report, beside = record["report"], onnx_file.with_name(_QUANTISATION)
+    products = {}
+    if beside.is_file():
+        done = json.loads(beside.read_text(encoding="utf-8"))
+        products = summarise(add_recipe(report, GRAPH, done["plan"], Recipe.from_json(done["recipe"])))
     return {
         "seconds": record["seconds"],
+        "load_average": round(os.getloadavg()[1], 1),
         "peak_memory_bytes": peak_memory(),
         "engine_bytes": record["bytes"],
         "predicted_bytes": record["memory"]["predicted_bytes"],
         "status": record["status"],
-        "precisions": record["report"]["precisions"],
+        "precisions": report["precisions"],
+        **products,
+    }
+
+
+def summarise(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures of a report that was joined with its recipe.
+
+    {verdicts {verdict: products}, products [{asked, found, count}], unexplained [names], codes {quantize,
+    dequantize, not_folded: nodes}, findings {code: layers}}.
+    """
+    counts: dict[tuple[str, str], int] = {}
+    for product in report["recipe"]["products"]:
+        key = product["wanted"] or "no Linear layer", product["found"]
+        counts[key] = counts.get(key, 0) + 1
+    nodes = [row["operator"] for row in report["layers"]]
+    findings = {finding["code"]: len(finding["layers"]) for finding in report["findings"]}
+    return {
+        "verdicts": report["recipe"]["counts"],
+        "products": [
+            {"asked": asked, "found": found, "count": count}
+            for (asked, found), count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        ],
+        "unexplained": [
+            product["name"] for product in report["recipe"]["products"] if product["verdict"] == HIGHER
+        ],
+        "codes": {
+            "quantize": nodes.count("quantize"),
+            "dequantize": nodes.count("dequantize"),
+            "not_folded": findings.get(UNFOLDED, 0),
+        },
+        "findings": findings,
     }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("task", choices=("export", "build"))
-    parser.add_argument("--configs", type=Path, required=True, metavar="DIR", help="as write_configs left it")
+    parser.add_argument("--configs", type=Path, required=True, metavar="DIR", help="of a checkpoint")
     parser.add_argument("--onnx", type=Path, required=True, metavar="FILE")
     parser.add_argument("--recipe", metavar="NAME", help="to export")
     parser.add_argument("--target", default="sm89", help="to build for (default: %(default)s)")

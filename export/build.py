@@ -17,7 +17,9 @@ from proteus_deploy._files import publish_directory
 from proteus_deploy.bundle import ENGINES, MANIFEST, Bundle, EngineSet, write_engine_manifest
 from proteus_deploy.errors import BundleError, Cancelled, InputError
 from proteus_deploy.export.engine_cache import EngineCache
-from proteus_deploy.export.quantised_export import refusals
+from proteus_deploy.export.engine_findings import UNEXPLAINED
+from proteus_deploy.export.engine_recipe import add_recipe
+from proteus_deploy.export.quantised_export import recipe_of, refusals
 from proteus_deploy.export.tensorrt_engine import build_engine
 from proteus_deploy.runtime.tensorrt_api import EngineOptions, TensorRT
 from proteus_deploy.stages import Graph
@@ -67,8 +69,10 @@ def build_bundle(
         "options": options.to_json(),
     }
 
+    recipe = recipe_of(bundle.manifest)
+
     def build(graph: Graph, folder: Path) -> dict[str, Any]:
-        return build_engine(
+        record = build_engine(
             bundle.onnx_file(graph.name),
             graph,
             bundle.table,
@@ -81,6 +85,11 @@ def build_bundle(
             force_memory=force_memory,
             cancel=cancel,
         )
+        if recipe is None:
+            return record
+        # Behind the cache, whose engines may have been built of the same graph for another bundle.
+        plan = bundle.manifest["graphs"][graph.name].get("quantization")
+        return {**record, "report": add_recipe(record["report"], graph.name, plan, recipe)}
 
     return write_engines(
         bundle, document, graphs, build, keep_others=stages is not None, progress=progress, cancel=cancel
@@ -134,6 +143,15 @@ def select_graphs(bundle: Bundle, stages: Sequence[str] | None) -> list[Graph]:
                 f"no stage {stage!r} in {bundle.folder}; it has {', '.join(bundle.table.stages)}"
             )
     return [graph for graph in bundle.table.graphs if stages is None or graph.stage in stages]
+
+
+def check_recipe_gate(gates: Sequence[str], bundle: Bundle) -> None:
+    """Raises InputError where a gate asks what a recipe explains and the bundle has none."""
+    if UNEXPLAINED in gates and recipe_of(bundle.manifest) is None:
+        raise InputError(
+            f"--fail-on {UNEXPLAINED} compares products with a recipe, and {bundle.folder} has none; "
+            "export it with --quantize, or leave the gate out"
+        )
 
 
 def _stop_if(cancel: Event | None) -> None:

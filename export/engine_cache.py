@@ -17,7 +17,7 @@ from typing import Any
 from proteus_deploy._files import atomic_file, cache_folder, sha256_of, write_json
 
 _LOG = logging.getLogger(__name__)
-_VERSION = 2  # raise it when records change, so that old entries are not read
+_VERSION = 3  # raise it when records change, so that old entries are not read
 
 
 def default_folder() -> Path:

@@ -17,7 +17,9 @@ WEIGHT_ONLY = "weight-only"
 SOFTMAX_QDQ = "qdq-around-softmax"
 FLOAT32 = "float32-layer"
 SLOWER = "slower-than-asked"
-GATES = (UNFUSED, HIGH_PRODUCT, REFORMAT, UNFOLDED)
+UNEXPLAINED = "unexplained-high-precision"  # engine_recipe.py finds these two
+UNASKED = "precision-not-asked-for"
+GATES = (UNFUSED, HIGH_PRODUCT, REFORMAT, UNFOLDED, UNEXPLAINED)
 
 # FLOPs for each byte above which arithmetic, not memory, holds a 16-bit product up on an A100: 312 TFLOP/s
 # over 2.0 TB/s (NVIDIA A100 80GB data sheet). Later GPUs need more.

@@ -23,7 +23,7 @@ HIGH = frozenset({"fp32", "fp16", "bf16"})
 
 PRODUCTS = frozenset({"matrix_multiply", "convolution", "deconvolution", "einsum"})
 LAYOUT = frozenset({"shuffle", "squeeze", "unsqueeze", "identity"})  # they move numbers and change none
-_CONVOLUTIONS = frozenset({"convolution", "deconvolution"})
+CONVOLUTIONS = frozenset({"convolution", "deconvolution"})
 _ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
 
@@ -166,7 +166,7 @@ def _layer(layer: Any, module: Any) -> Layer:
         transposed = layer.op0 == module.MatrixOperation.TRANSPOSE
         left = inputs[0].shape
         reduced = left[-2] if transposed and len(left) > 1 else left[-1]
-    elif kind in _CONVOLUTIONS:
+    elif kind in CONVOLUTIONS:
         forward = kind == "convolution"
         layer.__class__ = module.IConvolutionLayer if forward else module.IDeconvolutionLayer
         window = math.prod(layer.kernel_size_nd)

@@ -59,7 +59,11 @@ class Operand:
 
 @dataclass(frozen=True)
 class Row:
-    """One ONNX node. asked: precision of the network; taken: of the engine, None where none was inspected."""
+    """One ONNX node. asked: precision of the network; taken: of the engine, None where none was inspected.
+
+    operands: of a product, dtypes of what it multiplies, those of a weight last. near: of a product without
+    a weight, for each operand the weight of the nearest product that it is computed with.
+    """
 
     name: str
     operator: str
@@ -68,6 +72,8 @@ class Row:
     bytes: int
     weight: str = ""
     taken: str | None = None
+    operands: tuple[str, ...] = ()
+    near: tuple[str, ...] = ()
 
 
 class Precisions:
@@ -153,7 +159,36 @@ class Precisions:
             flops=sum(self.flops(layer) for layer in layers),
             bytes=sum(self.bytes(layer) for layer in layers),
         )
-        return replace(row, weight=self.weight_of(speaker)) if speaker.is_product else row
+        if speaker.kind == _ATTENTION:
+            dtypes = tuple(self._operand(tensor).dtype for tensor in speaker.inputs[:3])
+            return replace(row, operands=dtypes, near=self._near(speaker))
+        if not speaker.is_product:
+            return row
+        operands = sorted(self.operands(speaker), key=lambda operand: bool(operand.weight))
+        weight = self.weight_of(speaker)
+        near = () if weight else self._near(speaker)
+        dtypes = tuple(operand.dtype for operand in operands)
+        return replace(row, weight=weight, operands=dtypes, near=near)
+
+    def _near(self, product: Layer) -> tuple[str, ...]:
+        """For each operand the weight of the nearest product behind it; operands without one are left out."""
+        found = (self._nearest_weight(tensor) for tensor in product.inputs[:2])
+        return tuple(name for name in found if name)
+
+    def _nearest_weight(self, tensor: Tensor) -> str:
+        front, seen = [tensor], {tensor.name}
+        while front:
+            makers = [maker for each in front if (maker := self.graph.maker(each)) is not None]
+            for maker in makers:
+                if maker.is_product and (weight := self.weight_of(maker)):
+                    return weight
+            front = []
+            for maker in makers:
+                for each in maker.inputs:
+                    if each.name not in seen and each.name not in self.graph.constants:
+                        seen.add(each.name)
+                        front.append(each)
+        return ""
 
     def _computes(self, layer: Layer) -> bool:
         """Real numbers that change with the inputs; what only moves them is fused as a rule."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from proteus_deploy.bundle import Bundle, EngineSet
+from proteus_deploy.export.engine_recipe import HIGHER
 
 _MOST_LAYERS = 20  # of a graph, by FLOPs; the JSON has them all
 
@@ -76,6 +77,9 @@ def _engine(report: Mapping[str, Any] | None) -> Iterator[str]:
     yield f"{attention_text(report)}. Reformat layers: {'unknown' if reformats is None else len(reformats)}. "
     yield f"In all {report['flops'] / 1e9:,.2f} GFLOP and {report['bytes'] / 2**20:,.1f} MiB."
     yield ""
+    if recipe := report.get("recipe"):
+        yield from _recipe(recipe)
+        yield ""
     dearest = sorted(report["layers"], key=lambda row: -row["flops"])[:_MOST_LAYERS]
     rows = [
         (
@@ -92,6 +96,36 @@ def _engine(report: Mapping[str, Any] | None) -> Iterator[str]:
     if len(report["layers"]) > len(rows):
         yield ""
         yield f"{len(report['layers']) - len(rows)} more layers are in the JSON report."
+
+
+def recipe_rows(recipe: Mapping[str, Any]) -> list[tuple[str, str, str, str, str, str]]:
+    """(asked by the recipe, found, products, share of FLOPs, verdict, reason), the largest share first.
+
+    Products that differ in their names alone share a row.
+    """
+    groups: dict[tuple[str, str, str, str], list[float]] = {}
+    for product in recipe["products"] or ():
+        key = product["wanted"] or "no Linear layer", product["found"], product["verdict"], product["reason"]
+        groups.setdefault(key, []).append(product["share"])
+    ordered = sorted(groups.items(), key=lambda item: (-sum(item[1]), item[0]))
+    return [
+        (wanted, found, str(len(shares)), f"{sum(shares):.1%}", verdict, reason)
+        for (wanted, found, verdict, reason), shares in ordered
+    ]
+
+
+def _recipe(recipe: Mapping[str, Any]) -> Iterator[str]:
+    if recipe["products"] is None:
+        yield f"Quantised bundle: {recipe['reason']}."
+        return
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in recipe["counts"].items())
+    yield f"Products beside the recipe `{recipe['name']}`: {counts}."
+    yield ""
+    yield from _table(("recipe", "found", "products", "share", "verdict", "reason"), recipe_rows(recipe))
+    unexplained = [product["name"] for product in recipe["products"] if product["verdict"] == HIGHER]
+    if unexplained:
+        yield ""
+        yield f"Unexplained: {', '.join(unexplained)}."
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -106,8 +106,8 @@ def _awq(
 ) -> Tensor | None:
     """1 / s, float32 [C] of numbers of `dtype`, with the least loss of the grid; None for no scaling."""
     positive = mean[mean > 0]
-    if not positive.numel():
-        return None
+    if not positive.numel() or float(positive.min()) == float(mean.max()):
+        return None  # channels that are all alike, or that hold nothing: every power gives the same
     floor = mean.clamp(min=float(positive.min()))
     candidates = []
     for power in _AWQ_GRID:

@@ -38,7 +38,13 @@ _ENGINE_FLAGS = (
     "report",
     "fail_on",
 )
-_GATES = ("unfused-attention", "high-precision-product", "reformat", "unfolded-qdq")
+_GATES = (
+    "unfused-attention",
+    "high-precision-product",
+    "reformat",
+    "unfolded-qdq",
+    "unexplained-high-precision",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Build the engines of each target, print what was built, and return 0. Raises InputError."""
     from proteus_deploy.cli.paths import open_bundle
-    from proteus_deploy.export.build import select_graphs
+    from proteus_deploy.export.build import check_recipe_gate, select_graphs
     from proteus_deploy.runtime.aotinductor_backend import TARGET
 
     packages = TARGET in arguments.target
@@ -103,6 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check_flags(arguments, packages=packages, engines=bool(engines))
     gates = _check_report(arguments, engines)
     bundle = open_bundle(arguments.bundle)
+    check_recipe_gate(gates, bundle)
     graphs = select_graphs(bundle, arguments.stage)
     # All of them first: a wrong last target should not show up after an hour.
     builders = _engine_builders(bundle, engines, arguments) if engines else {}

@@ -1,4 +1,4 @@
-"""Measurements of the published size: limits that end a process, rows that go on, and one small slice."""
+"""Measurements of the published size: limits that end a process, rows that go on, and small slices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from proteus_deploy.benchmarks import real_size_denoiser, real_size_export
+from proteus_deploy.benchmarks import real_size_denoiser, real_size_engines, real_size_export
 from proteus_deploy.benchmarks.limited_process import Limits, run_limited
 from proteus_deploy.benchmarks.real_size_export import earlier_rows, put_row, write_configs
 from proteus_deploy.errors import InputError
@@ -126,3 +126,49 @@ def test_layers_are_for_slices(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     with pytest.raises(SystemExit):
         real_size_export.main(["--work-dir", str(tmp_path), "--output", "x.json", "--layers", "3"])
     assert "--layers is for --quantize" in capsys.readouterr().err
+
+
+def test_a_line_through_the_slices() -> None:
+    def row(recipe: str, layers: int, resident: int | None, status: str = "built, not run") -> dict[str, Any]:
+        peaks = {"peak_memory_bytes": resident, "peak_anonymous_bytes": None}
+        return {"recipe": recipe, "layers": layers, "status": status, **peaks}
+
+    rows = [row("int8", 3, 1300), row("int8", 6, 1600), row("int8", 12, 2200), row("int8", 24, 9, "failed")]
+    rows += [row("fp8", 3, 10), row("int4", 3, 10), row("int4", 42, 20)]
+    found = real_size_engines.extrapolate(rows, 42)
+    line = {"fixed_bytes": 1000, "bytes_per_layer": 100, "slices": [3, 6, 12], "bytes": 5200}
+    assert found == {"int8": {"peak_memory_bytes": line}}, "one slice, or the whole itself, makes no line"
+
+
+@pytest.mark.usefixtures("small")
+def test_rows_of_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    monkeypatch.setattr(real_size_engines, "describe_commit", lambda _: "abc")
+    output, work = tmp_path / "rows.json", tmp_path / "work"
+    arguments = ["--work-dir", str(work), "--output", str(output), "--quantize", "int8-weight"]
+    assert real_size_engines.main([*arguments, "--layers", "3", "--keep"]) == 0
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row == json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["status"] == "built, not run"
+    assert row["engine_bytes"] > 0
+    assert row["peak_memory_bytes"] >= row["peak_anonymous_bytes"] > 0
+    folder = work / "denoiser-int8-weight-3"
+    assert row["onnx_bytes"] == sum(file.stat().st_size for file in folder.glob("denoiser.onnx*"))
+    assert not list(folder.glob("*.engine"))
+    # The file is there, so only the build runs, and at once it has more than it may.
+    assert real_size_engines.main([*arguments, "--layers", "3", "--memory-limit-gib", "0.01"]) == 1
+    (failed,) = json.loads(output.read_text())["rows"]
+    assert failed["status"] == "failed"
+    assert "the limit was 0.0" in failed["reason"]
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("layers", ["2", "43"])
+def test_slices_have_a_middle(layers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        real_size_engines.main(
+            ["--work-dir", str(tmp_path), "--output", "x.json", "--quantize", "int8", "--layers", layers]
+        )
+    assert "a first, a middle and a last layer" in capsys.readouterr().err
