@@ -88,3 +88,17 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     with psycopg.connect(host=str(folder), user="jobs", dbname="postgres", autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}".encode())
     return f"postgresql://jobs@/{name}?host={folder}"
+
+
+@pytest.fixture(scope="session")
+def drawn_photo() -> bytes:
+    """A photo, PNG, of a person whom the tiny model can film."""
+    import io
+
+    from PIL import Image
+
+    from proteus_deploy.training.avatars import HELD_OUT_SEEDS, make_photo
+
+    stream = io.BytesIO()
+    Image.fromarray(make_photo(HELD_OUT_SEEDS[0], 0).image).save(stream, "png")
+    return stream.getvalue()

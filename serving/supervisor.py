@@ -1,0 +1,249 @@
+"""Keeps the workers alive, says on a job why its worker ended, and holds the latest progress in memory.
+
+Progress travels over the workers' sockets and never through the database, which only gets a copy with each
+renewal of a lease; so any number of clients can follow a job without a query per step.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from proteus_deploy.errors import BackendError, InputError
+from proteus_deploy.serving.messages import Channel, WorkerSettings
+from proteus_deploy.serving.store import JobStore
+
+__all__ = ["Board", "Supervisor"]
+
+_log = logging.getLogger(__name__)
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
+_KILL_AFTER_S = 10.0
+
+
+class Board:
+    """The latest news of each running job; safe to use from any thread."""
+
+    def __init__(self) -> None:
+        self._news: dict[str, dict[str, Any]] = {}
+        self._lock = threading.Lock()
+        self.outcomes: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
+
+    def progress(self, job_id: str) -> dict[str, Any] | None:
+        """What the job's worker last said; None for a job that runs on another machine or not at all."""
+        with self._lock:
+            return self._news.get(job_id)
+
+    def post(self, job_id: str, news: dict[str, Any] | None) -> None:
+        """Replace a job's news; None takes them away."""
+        with self._lock:
+            if news is None:
+                self._news.pop(job_id, None)
+            else:
+                self._news[job_id] = news
+
+    def ended(self, job_id: str, state: str, seconds: float) -> None:
+        """Count an attempt's end."""
+        self.post(job_id, None)
+        with self._lock:
+            self.outcomes[state] = self.outcomes.get(state, 0) + 1
+            self.seconds[state] = self.seconds.get(state, 0.0) + seconds
+
+
+class Supervisor:
+    """Starts `count` workers and starts them again when they end, with a pause that doubles each time.
+
+    settings: of every worker; their names begin with its name. on_end: called with (job id, state, seconds).
+    """
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        store: JobStore,
+        board: Board,
+        *,
+        count: int = 1,
+        on_end: Callable[[str, str, float], None] | None = None,
+    ) -> None:
+        self.name = settings.name
+        self._keepers = [_Keeper(settings, store, board, number, on_end) for number in range(count)]
+
+    def start(self) -> None:
+        """Start the workers; returns at once."""
+        for keeper in self._keepers:
+            keeper.thread.start()
+
+    def wait_until_ready(self, timeout_s: float | None = None) -> None:
+        """Wait for every worker's pipeline.
+
+        Raises InputError when it can't be opened, BackendError after `timeout_s`.
+        """
+        for keeper in self._keepers:
+            if not keeper.settled.wait(timeout_s):
+                raise BackendError(f"a worker wasn't ready after {timeout_s} s; see its messages above")
+            if keeper.refusal is not None:
+                raise InputError(keeper.refusal)
+
+    @property
+    def ready(self) -> int:
+        """How many workers have their pipeline in memory."""
+        return sum(keeper.ready for keeper in self._keepers)
+
+    @property
+    def processes(self) -> list[int]:
+        """Process ids of the workers that run."""
+        return [keeper.process.pid for keeper in self._keepers if keeper.process is not None]
+
+    @property
+    def restarts(self) -> int:
+        """How often a worker had to be started again."""
+        return sum(keeper.restarts for keeper in self._keepers)
+
+    def wake(self) -> None:
+        """Tell the workers that the queue has something."""
+        for keeper in self._keepers:
+            keeper.send(wake=True)
+
+    def cancel(self, job_id: str) -> None:
+        """Tell whoever runs the job to stop; the database knows it already."""
+        for keeper in self._keepers:
+            keeper.send(cancel=job_id)
+
+    def stop(self, *, finish_s: float = 0.0) -> None:
+        """Let running jobs go on for `finish_s` seconds, have the rest put back, and wait for the workers."""
+        for keeper in self._keepers:
+            keeper.stopping.set()
+            keeper.send(stop="finish" if finish_s > 0 else "now")
+        for keeper in self._keepers:
+            if finish_s > 0 and keeper.thread.is_alive():
+                keeper.thread.join(finish_s)
+            keeper.send(stop="now")
+        for keeper in self._keepers:
+            keeper.end()
+
+
+class _Keeper:
+    """One worker's process, again and again."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        store: JobStore,
+        board: Board,
+        number: int,
+        on_end: Callable[[str, str, float], None] | None,
+    ) -> None:
+        self._settings, self._store, self._board, self._on_end = settings, store, board, on_end
+        self._number = number
+        self._channel: Channel | None = None
+        self._lock = threading.Lock()
+        # Of the process that runs now: whether it finished a job, what it said at its end, its job.
+        self._finished_some = False
+        self._said: str | None = None
+        self._running: str | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+        self.thread = threading.Thread(target=self._keep, name=f"keeper {number}", daemon=True)
+        self.stopping = threading.Event()
+        self.settled = threading.Event()  # ready for the first time, or refused
+        self.refusal: str | None = None
+        self.ready = False
+        self.restarts = 0
+
+    def send(self, **message: Any) -> None:
+        with self._lock:
+            channel = self._channel
+        if channel is not None:
+            channel.send(**message)
+
+    def end(self) -> None:
+        """Wait for the process, and kill it when it doesn't stop: its job is then one that crashed."""
+        if not self.thread.is_alive():
+            return
+        self.thread.join(_KILL_AFTER_S)
+        process = self.process
+        if self.thread.is_alive() and process is not None:
+            _log.warning("worker %s doesn't stop; killing it", process.pid)
+            process.kill()
+            self.thread.join(_KILL_AFTER_S)
+
+    def _keep(self) -> None:
+        pause_s = _FIRST_PAUSE_S
+        while not self.stopping.is_set():
+            name = f"{self._settings.name}{self._number}.{self.restarts}"
+            did_some, reason = self._run_once(name)
+            if self.stopping.is_set() or self.refusal is not None:
+                self._store.worker_died(name, reason)  # had it put its job back, this finds none
+                return
+            _log.warning("worker %s ended: %s; the next one starts in %g s", name, reason, pause_s)
+            self._store.worker_died(name, reason)
+            pause_s = _FIRST_PAUSE_S if did_some else pause_s
+            self.stopping.wait(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            self.restarts += 1
+
+    def _run_once(self, name: str) -> tuple[bool, str]:
+        """(whether it finished a job, why it ended)."""
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "proteus_deploy.serving.worker", str(theirs.fileno())]
+        # A session of its own: Ctrl-C on the terminal is the server's to handle.
+        with theirs:
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)  # noqa: S603
+        channel = Channel(ours)
+        with self._lock:
+            self.process, self._channel = process, channel
+        channel.send(**replace(self._settings, name=name).to_json())
+        if self.stopping.is_set():  # `stop` may have come before there was a channel
+            channel.send(stop="now")
+        self._forget()
+        for message in channel:
+            self._hear(message)
+        self.ready = False
+        with self._lock:
+            self._channel = None
+        channel.close()
+        code = process.wait()
+        self.process = None
+        if self._running is not None:
+            self._board.post(self._running, None)
+        if self.refusal is not None:
+            self.settled.set()
+        return self._finished_some, self._said or _ending(code)
+
+    def _forget(self) -> None:
+        self._finished_some, self._said, self._running = False, None, None
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        if message.get("ready"):
+            self.ready = True
+            self.settled.set()
+        elif "progress" in message:
+            self._board.post(message["job"], message["progress"])
+        elif message.get("started"):
+            self._running = message["started"]
+        elif message.get("ended"):
+            self._finished_some, self._running = True, None
+            self._board.ended(message["ended"], message["state"], message["seconds"])
+            if self._on_end is not None:
+                self._on_end(message["ended"], message["state"], message["seconds"])
+        elif message.get("refused"):
+            self._said = message["refused"]
+            if not self.settled.is_set():
+                self.refusal = self._said
+        elif message.get("died"):
+            self._said = message["died"]
+
+
+def _ending(code: int) -> str:
+    if code < 0:
+        name = signal.Signals(-code).name if -code in {one.value for one in signal.Signals} else str(-code)
+        hint = ", which is also how a machine short of memory ends a process" if name == "SIGKILL" else ""
+        return f"the worker was ended by {name}{hint}"
+    return f"the worker ended with exit code {code}"

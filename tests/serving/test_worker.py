@@ -1,0 +1,183 @@
+"""Workers with the trained tiny model: results, cancelling, deadlines, crashes, stopping."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proteus_deploy.errors import InputError
+from proteus_deploy.serving.database import database_url, open_database
+from proteus_deploy.serving.jobs import Job, JobState
+from proteus_deploy.serving.messages import PipelineChoice, WorkerSettings
+from proteus_deploy.serving.progress import JobProgress, StageTimes
+from proteus_deploy.serving.results import ResultFolder
+from proteus_deploy.serving.store import JobStore
+from proteus_deploy.serving.supervisor import Board, Supervisor
+from proteus_deploy.tiny.trained import MODEL
+
+REQUEST: dict[str, Any] = {"prompt": "a person waves", "num_inference_steps": 2, "seed": 3}
+
+
+class Service:
+    """A queue and one worker."""
+
+    def __init__(self, folder: Path) -> None:
+        self.engine = open_database(database_url(None, folder))
+        self.store, self.board = JobStore(self.engine), Board()
+        self.results = ResultFolder(folder / "results")
+        url = database_url(None, folder).render_as_string(hide_password=False)
+        choice = PipelineChoice("checkpoint", str(MODEL))
+        self.settings = WorkerSettings("node-", choice, url, str(folder), lease_s=5, poll_s=0.05)
+        self.ends: list[tuple[str, str]] = []
+        self.supervisor = self.make()
+
+    def make(self) -> Supervisor:
+        return Supervisor(
+            self.settings,
+            self.store,
+            self.board,
+            on_end=lambda job_id, state, _: self.ends.append((job_id, state)),
+        )
+
+    def start(self) -> None:
+        self.supervisor.start()
+        self.supervisor.wait_until_ready()
+
+    def wait(self, job: Job, until: Callable[[Job], bool] = lambda job: job.state.finished) -> Job:
+        while not until(found := self.store.get(job.id)):
+            time.sleep(0.02)
+        return found
+
+    def wait_for_steps(self, job: Job) -> None:
+        while (news := self.board.progress(job.id)) is None or news["stage"] != "denoise":
+            time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    made = Service(tmp_path_factory.mktemp("service"))
+    made.start()
+    yield made
+    made.supervisor.stop()
+    made.engine.dispose()
+
+
+@pytest.mark.slow
+def test_a_video(service: Service, drawn_photo: bytes) -> None:
+    from proteus_deploy.video import read_video
+
+    job, _ = service.store.submit("anna", REQUEST, photo=drawn_photo)
+    done = service.wait(job)
+    assert done.failure is None
+    assert done.result is not None
+    assert set(done.result.facts["stage_seconds"]) == {"identity", "text", "schedule", "denoise", "decode"}
+    video = read_video(service.results.path(done.result.name))
+    assert video.frames.shape[1] == done.result.facts["frames"]
+    assert video.metadata["seed"] == REQUEST["seed"]
+
+
+@pytest.mark.slow
+def test_cancelled_within_a_step_and_the_next_result_is_untouched(
+    service: Service, drawn_photo: bytes
+) -> None:
+    first, _ = service.store.submit("anna", REQUEST, photo=drawn_photo)
+    long, _ = service.store.submit("anna", {**REQUEST, "num_inference_steps": 1000}, photo=drawn_photo)
+    again, _ = service.store.submit("anna", {**REQUEST, "fps": 8}, photo=drawn_photo)
+    service.wait_for_steps(long)
+    service.store.cancel(long.id)
+    service.supervisor.cancel(long.id)
+    assert service.wait(long).state is JobState.CANCELLED
+    hashes = []
+    for job in (first, again):
+        result = service.wait(job).result
+        assert result is not None
+        hashes.append(result.sha256)
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.slow
+def test_deadline_of_a_running_job(service: Service, drawn_photo: bytes) -> None:
+    request = {**REQUEST, "num_inference_steps": 1000}
+    job, _ = service.store.submit("anna", request, photo=drawn_photo, deadline_s=1.5)
+    failure = service.wait(job).failure
+    assert failure is not None
+    assert failure.code == "deadline_exceeded"
+
+
+@pytest.mark.slow
+def test_what_the_pipeline_refuses_is_said_on_the_job(service: Service) -> None:
+    for request, photo, said in (
+        (REQUEST, b"no photo", "photo"),
+        ({**REQUEST, "height": 7}, None, "photo"),
+    ):
+        job, _ = service.store.submit("anna", request, photo=photo)
+        failure = service.wait(job).failure
+        assert failure is not None
+        assert failure.code == "invalid_request"
+        assert said in failure.message
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_and_its_job_done_once(service: Service, drawn_photo: bytes) -> None:
+    job, _ = service.store.submit("anna", {**REQUEST, "num_inference_steps": 25}, photo=drawn_photo)
+    service.wait_for_steps(job)
+    restarts = service.supervisor.restarts
+    os.kill(service.supervisor.processes[0], signal.SIGKILL)
+    done = service.wait(job)
+    assert done.state is JobState.COMPLETED
+    assert (done.attempt, done.crashes) == (2, 1)
+    assert done.last_failure is not None
+    assert "SIGKILL" in done.last_failure
+    assert service.supervisor.restarts == restarts + 1
+    assert [state for job_id, state in service.ends if job_id == job.id] == ["completed"]
+
+
+@pytest.mark.slow
+def test_stopping_puts_back_what_runs(service: Service, drawn_photo: bytes) -> None:
+    job, _ = service.store.submit("anna", {**REQUEST, "num_inference_steps": 1000}, photo=drawn_photo)
+    service.wait_for_steps(job)
+    service.supervisor.stop()
+    assert service.supervisor.processes == []
+    left = service.store.get(job.id)
+    assert (left.state, left.worker, left.crashes) == (JobState.RUNNING, None, 0)
+    service.store.cancel(job.id)
+
+
+def test_a_pipeline_that_cannot_be_opened_is_an_error_of_the_start(tmp_path: Path) -> None:
+    service = Service(tmp_path)
+    choice = PipelineChoice("checkpoint", str(tmp_path / "nothing"))
+    service.settings = replace(service.settings, pipeline=choice)
+    supervisor = service.make()
+    supervisor.start()
+    with pytest.raises(InputError, match="is not a folder"):
+        supervisor.wait_until_ready()
+    supervisor.stop()
+    service.engine.dispose()
+
+
+def test_progress_is_told_with_time_left() -> None:
+    import torch
+
+    from proteus_deploy.pipeline import ProgressEvent, StepEvent
+
+    now, told, times = [0.0], list[dict[str, Any]](), StageTimes()
+    times.record((32, 48, 5), 4.0)
+    progress = JobProgress(told.append, times, (32, 48, 5), clock=lambda: now[0])
+    progress.on_progress(ProgressEvent("text", 1, 1))
+    for index, seconds in enumerate((9.0, 2.0, 2.0)):
+        now[0] += seconds
+        progress.on_step(StepEvent(index, 10, 0, torch.zeros(1), seconds, True, {}))  # type: ignore[arg-type]
+        progress.on_progress(ProgressEvent("denoise", index + 1, 10))
+    assert told[-1] == {"stage": "denoise", "done": 3, "total": 10, "percent": 30, "eta_s": 18.0}
+    now[0] += 3
+    progress.on_progress(ProgressEvent("decode", 1, 4))
+    assert told[-1]["eta_s"] == 9.0
+    percents = [news["percent"] for news in told]
+    assert percents == sorted(percents)
