@@ -62,8 +62,8 @@ def slices_table(document: Mapping[str, Any]) -> str:
             if (line := peaks.get(peak)) is not None:
                 slices = ", ".join(map(str, line["slices"]))
                 text = (
-                    f"`{recipe}`, {words}: {_gb(line['fixed_bytes'])} GB + {_gb(line['bytes_per_layer'], 3)} GB "
-                    f"× layers, a line through {slices} layers: {_gb(line['bytes'])} GB for all {whole}."
+                    f"`{recipe}`, {words}: {_gb(line['fixed_bytes'])} GB + "
+                    f"{_gb(line['bytes_per_layer'], 3)} GB × layers, a line through {slices} layers: {_gb(line['bytes'])} GB for all {whole}."
                 )
                 lines += ["", text]
     return "\n".join([*lines, "", _conditions(document)])
