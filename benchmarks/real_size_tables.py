@@ -63,7 +63,8 @@ def slices_table(document: Mapping[str, Any]) -> str:
                 slices = ", ".join(map(str, line["slices"]))
                 text = (
                     f"`{recipe}`, {words}: {_gb(line['fixed_bytes'])} GB + "
-                    f"{_gb(line['bytes_per_layer'], 3)} GB × layers, a line through {slices} layers: {_gb(line['bytes'])} GB for all {whole}."
+                    f"{_gb(line['bytes_per_layer'], 3)} GB × layers, a line through {slices} layers: "
+                    f"{_gb(line['bytes'])} GB for all {whole}."
                 )
                 lines += ["", text]
     return "\n".join([*lines, "", _conditions(document)])
