@@ -80,13 +80,15 @@ class JobStore:
         cost: float = 1.0,
         deadline_s: float | None = None,
         idempotency_key: str | None = None,
+        asked: Mapping[str, Any] | None = None,
     ) -> tuple[Job, bool]:
         """(the job, whether it is new). On the disk when this returns.
 
         deadline_s: seconds from now. idempotency_key: of this owner; with the same request it gives the job
-        that it gave before. Raises IdempotencyConflict for another request, QueueFull.
+        that it gave before. asked: what the client wrote, by which requests are compared, where the request
+        holds more (a seed that was drawn). Raises IdempotencyConflict for another request, QueueFull.
         """
-        digest, now = request_hash(request, photo), self._clock()
+        digest, now = request_hash(request if asked is None else asked, photo), self._clock()
         with writing(self._engine) as connection:
             clock = lock_queue(connection)
             if idempotency_key is not None and (

@@ -28,6 +28,7 @@ COMMAND_MODULES = (
     "build",
     "verify",
     "generate",
+    "serve",
     "bench",
     "tune",
     "calibrate",

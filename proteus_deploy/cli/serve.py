@@ -1,0 +1,163 @@
+"""`proteus-deploy serve`: an HTTP server that makes videos, in the shape of OpenAI's video API."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from proteus_deploy.cli.paths import kind_of
+from proteus_deploy.errors import BackendError, InputError
+
+if TYPE_CHECKING:
+    from proteus_deploy.serving.service import ServiceSettings
+
+NAME = "serve"
+HELP = "serve a bundle or checkpoint over HTTP, in the shape of OpenAI's video API"
+
+_BUNDLE_BACKENDS = ("onnxruntime", "openvino", "tensorrt")
+_CHECKPOINT_BACKENDS = ("eager", "compiled")
+_PACKAGES = ("fastapi", "uvicorn", "sqlalchemy", "alembic", "python_multipart", "prometheus_client")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    parser.add_argument("path", type=Path, metavar="BUNDLE_OR_CHECKPOINT")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=8000, help="0 takes any free one and prints it (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path("proteus-data"),
+        help="folder of queue and finished videos (default: ./%(default)s)",
+    )
+    parser.add_argument(
+        "--database-url", metavar="URL", help="postgresql://… or sqlite:////… (default: SQLite in --data-dir)"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes, each with the model in memory")
+    parser.add_argument("--model-name", default="proteus-id", help="name in the API (default: %(default)s)")
+    parser.add_argument(
+        "--backend",
+        choices=(*_BUNDLE_BACKENDS, *_CHECKPOINT_BACKENDS),
+        help="default: onnxruntime for a bundle, eager for a checkpoint",
+    )
+    parser.add_argument("--device", help="e.g. cpu, cuda (default: the backend's own)")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="checkpoint only")
+    parser.add_argument("--vae-tiling", action="store_true", help="decode in tiles: less memory, more time")
+    parser.add_argument("--low-memory", action="store_true", help="hold one part's networks at a time")
+    _add_limits(parser)
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-queued", type=int, default=1000, help="jobs that may wait, then 429 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-attempts", type=int, default=3, help="crashes before a job is given up (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--keep-days", type=float, default=7.0, help="days that finished videos stay (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--keep-gib", type=float, help="GiB of finished videos, the oldest go (default: no limit)"
+    )
+    parser.add_argument(
+        "--finish-seconds",
+        type=float,
+        default=0.0,
+        help="on Ctrl-C let a running job go on for so long before it is put back (default: %(default)s)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until Ctrl-C or SIGTERM and return 0. Raises InputError for what can't go together."""
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BackendError(
+            f"serving needs the packages {', '.join(missing)}: pip install 'proteus-deploy[serve]'"
+        )
+    settings = _settings(arguments)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    from proteus_deploy.serving.server import serve
+
+    serve(settings, arguments.host, arguments.port, on_listening=_say_where)
+    return 0
+
+
+def _say_where(url: str) -> None:
+    print(f"serving on {url}", flush=True)
+
+
+def _settings(arguments: argparse.Namespace) -> ServiceSettings:
+    """Everything about the flags that can be known before anything is opened."""
+    kind = kind_of(arguments.path)
+    _check_backend(kind, arguments)
+    for name, least in (("workers", 1), ("max_queued", 1), ("max_attempts", 1)):
+        if getattr(arguments, name) < least:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} is {getattr(arguments, name)}; it must be at least {least}")
+    if not 0 <= arguments.port <= 65535:
+        raise InputError(f"--port is {arguments.port}; it must be 0 to 65535")
+    for name, least_number in (("keep_days", 0), ("keep_gib", 0), ("finish_seconds", 0)):
+        value = getattr(arguments, name)
+        if value is not None and not least_number <= value < float("inf"):
+            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be a number of 0 or more")
+    from proteus_deploy.serving.messages import PipelineChoice
+    from proteus_deploy.serving.service import ServiceSettings
+
+    return ServiceSettings(
+        pipeline=PipelineChoice(
+            kind=kind,
+            folder=str(arguments.path.absolute()),
+            backend=arguments.backend,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            vae_tiling=arguments.vae_tiling,
+            low_memory=arguments.low_memory,
+        ),
+        data_dir=arguments.data_dir,
+        database_url=arguments.database_url,
+        model_name=arguments.model_name,
+        workers=arguments.workers,
+        max_attempts=arguments.max_attempts,
+        max_queued=arguments.max_queued,
+        keep_s=arguments.keep_days * 86400,
+        keep_bytes=None if arguments.keep_gib is None else int(arguments.keep_gib * 2**30),
+        finish_s=arguments.finish_seconds,
+    )
+
+
+def _check_backend(kind: str, arguments: argparse.Namespace) -> None:
+    backend = arguments.backend
+    if kind == "bundle":
+        if arguments.dtype is not None:
+            raise InputError(
+                f"--dtype is {arguments.dtype}; a bundle runs in the precision that it was exported in: "
+                "leave the flag out, or export again with it"
+            )
+        if backend in _CHECKPOINT_BACKENDS:
+            raise BackendError(
+                f"backend {backend!r} runs a checkpoint, and {arguments.path} is a bundle; choose one of "
+                f"{', '.join(_BUNDLE_BACKENDS)}, or pass the checkpoint's folder"
+            )
+    elif backend in _BUNDLE_BACKENDS:
+        raise BackendError(
+            f"backend {backend!r} runs a bundle, and {arguments.path} is a checkpoint; make a bundle with: "
+            f"proteus-deploy export {arguments.path} --output-dir DIR"
+        )
+    if backend == "compiled" and arguments.low_memory:
+        raise InputError(
+            "--low-memory releases networks between the parts of each video, and --backend compiled would "
+            "compile them again for each; leave one of them out"
+        )
+    if arguments.low_memory and arguments.workers > 1:
+        raise InputError(
+            f"--low-memory is for a model that hardly fits, and --workers {arguments.workers} would load it "
+            f"{arguments.workers} times; leave one of them out"
+        )

@@ -1,0 +1,219 @@
+"""The body of `POST /v1/videos`: read as JSON or form, checked, and made a request of the pipeline."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import UploadFile
+
+from proteus_deploy.serving.answers import ApiError
+
+if TYPE_CHECKING:
+    from proteus_deploy.model.config import TransformerConfig
+
+__all__ = ["CreateVideo", "Order", "cost_of", "make_order", "read_body"]
+
+_MAX_FIELD_BYTES = 1 << 20
+_MAX_FIELDS = 64
+_SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
+_DATA_URL = re.compile(r"data:image/[a-z.+-]+;base64,", re.IGNORECASE)
+
+
+class CreateVideo(BaseModel):
+    """A video to make: the fields of OpenAI's API, and those of the model."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {
+                    "prompt": "A person waves in a park",
+                    "identity_prompt": "A person with short brown hair",
+                    "input_reference": {"image_url": "data:image/png;base64,…"},
+                    "num_inference_steps": 25,
+                    "seed": 42,
+                }
+            ]
+        },
+    )
+
+    prompt: str
+    model: str | None = None
+    seconds: float | None = Field(None, gt=0, le=3600, allow_inf_nan=False)
+    size: str | None = Field(None, description="width x height in pixels, such as 720x480")
+    input_reference: Any = Field(
+        None, description='the photo: a file of the form, or {"image_url": "data:image/…;base64,…"}'
+    )
+    identity_prompt: str = ""
+    negative_prompt: str | None = None
+    width: int | None = None
+    height: int | None = None
+    num_frames: int | None = None
+    fps: float = Field(8, allow_inf_nan=False)
+    num_inference_steps: int = 50
+    guidance_scale: float = Field(6.0, allow_inf_nan=False)
+    use_dynamic_cfg: bool = False
+    dynamic_cfg: Literal["published", "corrected"] = "published"
+    seed: int | None = None
+    scheduler: Literal["dpm", "ddim"] | None = None
+    face_index: int | None = None
+    identity_scale: float | None = Field(None, allow_inf_nan=False)
+    plan: dict[str, Any] | None = Field(None, description="what may be left out of the loop")
+    timeout_s: float | None = Field(
+        None, gt=0, le=7 * 86400, allow_inf_nan=False, description="the job fails when it isn't done by then"
+    )
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is put in the queue. request: the fields of a GenerateRequest, complete, as JSON."""
+
+    request: dict[str, Any]
+    photo: bytes
+    cost: float
+    timeout_s: float | None
+
+
+async def read_body(request: Request) -> tuple[CreateVideo, bytes | None]:
+    """The fields and the photo's bytes. Raises ApiError or RequestValidationError."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    photo: bytes | None = None
+    fields: dict[str, Any]
+    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        fields, photo = await _read_form(request)
+    elif kind == "application/json":
+        fields = _read_json(await request.body())
+    else:
+        raise ApiError(
+            415,
+            f"the content type is {kind!r}; send multipart/form-data or application/json",
+            code="content_type",
+        )
+    try:
+        body = CreateVideo.model_validate(fields)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
+    if photo is None and body.input_reference is not None:
+        photo = _photo_of(body.input_reference)
+    return body, photo
+
+
+async def _read_form(request: Request) -> tuple[dict[str, Any], bytes | None]:
+    fields: dict[str, Any] = {}
+    photo: bytes | None = None
+    async with request.form(max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES) as form:
+        for name, value in form.multi_items():
+            if name in fields or (name == "input_reference" and photo is not None):
+                raise ApiError(400, f"{name} was sent twice; send it once", param=None, code="invalid_value")
+            if isinstance(value, UploadFile):
+                if name != "input_reference":
+                    text = f"a file came as {name!r}; the only file is input_reference, the photo"
+                    raise ApiError(400, text, code="invalid_value")
+                photo = await value.read()
+            elif name in ("plan", "input_reference") and value.lstrip().startswith("{"):
+                fields[name] = _read_json(value.encode())
+            else:
+                fields[name] = value
+    return fields, photo
+
+
+def _read_json(data: bytes) -> dict[str, Any]:
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no JSON number")
+
+    try:
+        document = json.loads(data, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is no JSON ({error})", code="invalid_json") from error
+    if not isinstance(document, dict):
+        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    return document
+
+
+def _photo_of(reference: Any) -> bytes:
+    """The bytes in a data URL; nothing is ever fetched, and no path is ever opened."""
+    if isinstance(reference, dict) and isinstance(reference.get("image_url"), str):
+        reference = reference["image_url"]
+    head = _DATA_URL.match(reference) if isinstance(reference, str) else None
+    if head is None:
+        raise ApiError(
+            400,
+            "input_reference must be a file of a multipart form, or {'image_url': 'data:image/…;base64,…'}; "
+            "this server fetches no URLs and keeps no uploaded files",
+            param="input_reference",
+            code="invalid_value",
+        )
+    try:
+        return base64.b64decode(reference[head.end() :], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ApiError(
+            400, f"input_reference holds no base64 ({error})", param="input_reference", code="invalid_value"
+        ) from error
+
+
+def make_order(body: CreateVideo, photo: bytes | None, config: TransformerConfig, max_pixels: int) -> Order:
+    """Check everything that can be known before a worker has the job.
+
+    Raises ApiError, PhotoError for the photo, InputError for what the model can't make.
+    """
+    from proteus_deploy.identity.photo import open_photo
+    from proteus_deploy.policies.plan import plan_from_json
+    from proteus_deploy.request import GenerateRequest, resolve_request
+
+    if photo is None:
+        raise ApiError(
+            400,
+            "input_reference is missing; send the reference photo of the person",
+            param="input_reference",
+            code="missing",
+        )
+    fields = body.model_dump(exclude={"model", "seconds", "size", "input_reference", "timeout_s", "plan"})
+    width, height = _size_of(body)
+    fields |= {"width": width, "height": height, "num_frames": _frames_of(body)}
+    for name in ("prompt", "identity_prompt", "negative_prompt"):
+        if "\0" in (fields[name] or ""):
+            raise ApiError(
+                400, f"{name} holds a NUL character; leave it out", param=name, code="invalid_value"
+            )
+    plan = None if body.plan is None else plan_from_json(body.plan)
+    resolved = resolve_request(GenerateRequest(**fields, photo=photo, plan=plan), config)
+    open_photo(photo, max_pixels=max_pixels)
+    document = {name: value for name, value in resolved.to_json().items() if name != "photo"}
+    return Order(document, photo, cost_of(document), body.timeout_s)
+
+
+def _size_of(body: CreateVideo) -> tuple[int | None, int | None]:
+    if body.size is None:
+        return body.width, body.height
+    found = _SIZE.fullmatch(body.size)
+    if found is None:
+        text = f"size is {body.size[:50]!r}; write width x height in pixels, such as 720x480"
+        raise ApiError(400, text, param="size", code="invalid_value")
+    size = int(found[1]), int(found[2])
+    if (body.width, body.height) not in ((None, None), size):
+        raise ApiError(
+            400, "size and width, height say different things; send one", param="size", code="invalid_value"
+        )
+    return size
+
+
+def _frames_of(body: CreateVideo) -> int | None:
+    """num_frames, or the nearest number of frames, 4k + 1, to `seconds`."""
+    if body.seconds is None or body.num_frames is not None:
+        return body.num_frames
+    return 4 * max(0, round((body.seconds * body.fps - 1) / 4)) + 1
+
+
+def cost_of(request: dict[str, Any]) -> float:
+    """Network evaluations times pixels, in units of 10^6: what a job's time grows with."""
+    rows = 2 if request["guidance_scale"] > 1 else 1
+    pixels = request["height"] * request["width"] * request["num_frames"]
+    return float(request["num_inference_steps"] * rows * pixels / 1e6)
