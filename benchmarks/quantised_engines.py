@@ -21,6 +21,7 @@ from proteus_deploy._files import check_writable, write_json
 from proteus_deploy.benchmarks.limited_process import Limits, run_limited
 from proteus_deploy.benchmarks.machine import describe_commit, describe_machine, describe_versions
 from proteus_deploy.benchmarks.real_size_denoiser import build_command, denoiser_alone, note_quantisation
+from proteus_deploy.benchmarks.real_size_tables import load_words
 from proteus_deploy.export.recipe import Recipe, ready_recipes
 from proteus_deploy.export.recipe_targets import unsupported
 
@@ -116,7 +117,8 @@ def engines_table(document: Mapping[str, Any]) -> str:
     machine, versions = document["machine"], document["versions"]
     conditions = (
         f"Denoiser of the tiny model, {document['settings']['dtype']} where nothing is quantised; peak: of "
-        f"the building process; {machine['cpu']}, {machine['cores']} cores; tensorrt_rtx "
+        f"the building process; {machine['cpu']}, {machine['cores']} cores{load_words(document['rows'])}; "
+        "tensorrt_rtx "
         f"{versions.get('tensorrt_rtx', 'absent')}, onnx {versions['onnx']}; "
         f"commit {document['commit'][:12]}."
     )

@@ -132,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         row = measure_engine(
             given.work_dir, given.quantize, layers, given.target, given.dtype, limits, keep=given.keep
         )
+        rows[:] = earlier_rows(given.output, commit)  # another process may have added some meanwhile
         put_row(rows, row)
         failed = failed or row["status"] == "failed"
         document = {

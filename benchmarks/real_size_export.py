@@ -262,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             row = measure(work, dtype)
         else:
             row = measure_quantised(work, dtype, recipe, layers, keep=arguments.keep)
+        rows[:] = earlier_rows(arguments.output, commit)  # another process may have added some meanwhile
         put_row(rows, row)
         write_json(arguments.output, result)  # after each: a row takes minutes
         print(json.dumps(row), flush=True)

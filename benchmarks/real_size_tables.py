@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["exports_table", "main", "slices_table"]
+__all__ = ["exports_table", "load_words", "main", "slices_table"]
 
 _EXPORTS = ("recipe", "file, GB", "peak memory, GB", "seconds")
 _SLICES = (
@@ -71,13 +71,18 @@ def slices_table(document: Mapping[str, Any]) -> str:
 
 
 def _conditions(document: Mapping[str, Any]) -> str:
-    machine, loads = document["machine"], [row.get("load_average") for row in document["rows"]]
-    known = sorted(load for load in loads if load is not None)
-    beside = f"; load average {known[0]} to {known[-1]}" if known else ""
+    machine = document["machine"]
     return (
         f"bf16 where nothing is quantised, width {document['settings']['width']}, made-up weights and "
-        f"statistics; {machine['cpu']}, {machine['cores']} cores{beside}; commit {document['commit'][:12]}."
+        f"statistics; {machine['cpu']}, {machine['cores']} cores{load_words(document['rows'])}; "
+        f"commit {document['commit'][:12]}."
     )
+
+
+def load_words(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How busy the machine was beside what was measured; "" where no row says. Seconds depend on it."""
+    known = sorted(row["load_average"] for row in rows if row.get("load_average") is not None)
+    return f" at a load of {known[0]} to {known[-1]}" if known else ""
 
 
 def _gb(value: int | None, digits: int = 2) -> str:

@@ -56,7 +56,7 @@ def test_tables_of_the_published_size(tmp_path: Path, capsys: pytest.CaptureFixt
     }
     lines = exports_table(exports).splitlines()
     assert lines[2:4] == ["| `int8` | 6.40 | 1.50 | 301 |", "| `fp8` |  |  | killed |"]
-    assert lines[-1].endswith("2 cores; load average 2.5 to 2.5; commit 0123456789ab.")
+    assert lines[-1].endswith("2 cores at a load of 2.5 to 2.5; commit 0123456789ab.")
     line = {"fixed_bytes": 500_000_000, "bytes_per_layer": 250_000_000, "slices": [3, 6], "bytes": 11 * 10**9}
     slices = {
         **common,
