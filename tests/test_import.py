@@ -13,9 +13,10 @@ import proteus_deploy
 from proteus_deploy import errors
 
 HEAVY = {
-    "PIL", "accelerate", "av", "cv2", "diffusers", "fastapi", "insightface", "numpy", "onnx", "onnx_ir",
-    "onnxruntime", "onnxscript", "openvino", "safetensors", "scipy", "tensorrt", "tensorrt_rtx", "torch",
-    "tqdm", "transformers", "triton",
+    "PIL", "accelerate", "alembic", "av", "cv2", "diffusers", "fastapi", "insightface", "numpy", "onnx",
+    "onnx_ir", "onnxruntime", "onnxscript", "openvino", "prometheus_client", "pydantic", "safetensors",
+    "scipy", "sqlalchemy", "starlette", "tensorrt", "tensorrt_rtx", "torch", "tqdm", "transformers", "triton",
+    "uvicorn",
 }  # fmt: skip
 
 
