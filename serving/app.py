@@ -17,7 +17,7 @@ from proteus_deploy import __version__
 from proteus_deploy.serving.answers import ApiError, add_error_handlers
 from proteus_deploy.serving.body_limit import BodyLimit
 from proteus_deploy.serving.create_video import CreateVideo, make_order, read_body
-from proteus_deploy.serving.jobs import Job, JobNotFound, JobState
+from proteus_deploy.serving.jobs import Job, JobNotFound, JobState, NotCancellable
 from proteus_deploy.serving.metrics import metrics_text
 from proteus_deploy.serving.service import Service
 from proteus_deploy.serving.video_object import video_object
@@ -26,7 +26,6 @@ __all__ = ["create_app"]
 
 # Memory is looked at often, the database now and then.
 _LOOK_S, _QUERY_S, _KEEP_ALIVE_S = 0.1, 1.0, 15.0
-_OWNER = "anonymous"
 
 _SCHEMA = CreateVideo.model_json_schema()
 _CREATE_BODY = {
@@ -44,6 +43,22 @@ def _service(request: Request) -> Service:
 
 
 _Service = Annotated[Service, Depends(_service)]
+
+
+def _owner(service: _Service, authorization: Annotated[str | None, Header()] = None) -> str:
+    """Whose request it is."""
+    owner = service.keys.owner(authorization)
+    if owner is None:
+        raise ApiError(
+            401,
+            "this server needs a key that it knows: Authorization: Bearer KEY",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+    return owner
+
+
+_Owner = Annotated[str, Depends(_owner)]
 
 
 def create_app(service: Service) -> FastAPI:
@@ -64,7 +79,7 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-async def _submit(service: Service, request: Request, key: str | None) -> Job:
+async def _submit(service: Service, owner: str, request: Request, key: str | None) -> Job:
     if service.stopping.is_set():
         raise ApiError(
             503, "the server is stopping; try again", code="stopping", headers={"Retry-After": "10"}
@@ -79,7 +94,7 @@ async def _submit(service: Service, request: Request, key: str | None) -> Job:
     job, _ = await run_sync(
         partial(
             service.store.submit,
-            _OWNER,
+            owner,
             order.request,
             photo=order.photo,
             cost=order.cost,
@@ -92,8 +107,8 @@ async def _submit(service: Service, request: Request, key: str | None) -> Job:
     return job
 
 
-def _show(service: Service, job_id: str) -> dict[str, Any]:
-    job = service.store.get(job_id, _OWNER)
+def _show(service: Service, owner: str, job_id: str) -> dict[str, Any]:
+    job = service.store.get(job_id, owner)
     position = service.store.position(job) if job.state is JobState.QUEUED else None
     return video_object(service, job, position=position)
 
@@ -101,22 +116,22 @@ def _show(service: Service, job_id: str) -> dict[str, Any]:
 def _add_create_routes(app: FastAPI) -> None:
     @app.post("/v1/videos", openapi_extra=_CREATE_BODY)
     async def create(
-        request: Request, service: _Service, idempotency_key: _IdempotencyKey = None
+        request: Request, service: _Service, owner: _Owner, idempotency_key: _IdempotencyKey = None
     ) -> JSONResponse:
         """Put a video in the queue; it is on the disk when this answers."""
-        job = await _submit(service, request, idempotency_key)
+        job = await _submit(service, owner, request, idempotency_key)
         return JSONResponse(video_object(service, job))
 
     @app.post("/v1/videos/sync", openapi_extra=_CREATE_BODY, response_class=FileResponse)
     async def create_and_wait(
-        request: Request, service: _Service, idempotency_key: _IdempotencyKey = None
+        request: Request, service: _Service, owner: _Owner, idempotency_key: _IdempotencyKey = None
     ) -> Response:
         """Make a video and answer with its mp4; who goes away cancels it."""
-        job = await _submit(service, request, idempotency_key)
-        while not (job := await run_sync(service.store.get, job.id, _OWNER)).state.finished:
+        job = await _submit(service, owner, request, idempotency_key)
+        while not (job := await run_sync(service.store.get, job.id, owner)).state.finished:
             if await request.is_disconnected():
-                with contextlib.suppress(Exception):
-                    await run_sync(service.cancel, job.id, _OWNER)
+                with contextlib.suppress(JobNotFound, NotCancellable):
+                    await run_sync(service.cancel, job.id, owner)
                 return Response(status_code=499)
             if service.stopping.is_set():
                 text = f"the server is stopping; the video {job.id} is made when it runs again"
@@ -129,45 +144,46 @@ def _add_job_routes(app: FastAPI) -> None:
     @app.get("/v1/videos")
     def page(
         service: _Service,
+        owner: _Owner,
         after: str | None = None,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         order: Literal["asc", "desc"] = "desc",
     ) -> dict[str, Any]:
         """The videos, newest first; `after` is the last id of the page before."""
-        jobs, more = service.store.page(_OWNER, after=after, limit=limit, order=order)
+        jobs, more = service.store.page(owner, after=after, limit=limit, order=order)
         data = [video_object(service, job) for job in jobs]
         first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
         return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": more}
 
     @app.get("/v1/videos/{video_id}")
-    def get(video_id: str, service: _Service) -> dict[str, Any]:
+    def get(video_id: str, service: _Service, owner: _Owner) -> dict[str, Any]:
         """How far a video is."""
-        return _show(service, video_id)
+        return _show(service, owner, video_id)
 
     @app.delete("/v1/videos/{video_id}")
-    def delete(video_id: str, service: _Service) -> dict[str, Any]:
+    def delete(video_id: str, service: _Service, owner: _Owner) -> dict[str, Any]:
         """Remove a video; one that is being made is cancelled."""
-        service.delete(video_id, _OWNER)
+        service.delete(video_id, owner)
         return {"id": video_id, "object": "video.deleted", "deleted": True}
 
     @app.post("/v1/videos/{video_id}/cancel")
-    def cancel(video_id: str, service: _Service) -> dict[str, Any]:
+    def cancel(video_id: str, service: _Service, owner: _Owner) -> dict[str, Any]:
         """Stop a video that waits or is being made, within one step or tile."""
-        return video_object(service, service.cancel(video_id, _OWNER))
+        return video_object(service, service.cancel(video_id, owner))
 
     @app.get("/v1/videos/{video_id}/content", response_class=FileResponse)
-    def content(video_id: str, service: _Service, variant: str = "video") -> Response:
+    def content(video_id: str, service: _Service, owner: _Owner, variant: str = "video") -> Response:
         """The mp4; `Range` is honoured."""
         if variant != "video":
             text = f"variant is {variant!r}; this server has only 'video'"
             raise ApiError(400, text, param="variant", code="invalid_value")
-        return _content(service, service.store.get(video_id, _OWNER))
+        return _content(service, service.store.get(video_id, owner))
 
     @app.get("/v1/videos/{video_id}/events")
-    async def events(video_id: str, service: _Service) -> StreamingResponse:
+    async def events(video_id: str, service: _Service, owner: _Owner) -> StreamingResponse:
         """Server-sent events: the video object at each change, until it is finished."""
-        await run_sync(service.store.get, video_id, _OWNER)  # 404 before the stream begins
-        stream = _events(service, video_id)
+        await run_sync(service.store.get, video_id, owner)  # 404 before the stream begins
+        stream = _events(service, owner, video_id)
         return StreamingResponse(
             stream,
             media_type="text/event-stream",
@@ -195,7 +211,7 @@ def _content(service: Service, job: Job) -> Response:
     )
 
 
-async def _events(service: Service, job_id: str) -> AsyncIterator[str]:
+async def _events(service: Service, owner: str, job_id: str) -> AsyncIterator[str]:
     last: dict[str, Any] | None = None
     seen: dict[str, Any] | None = None
     clock: Callable[[], float] = asyncio.get_running_loop().time
@@ -205,7 +221,7 @@ async def _events(service: Service, job_id: str) -> AsyncIterator[str]:
         if news is not seen or clock() - queried_s >= _QUERY_S:
             seen, queried_s = news, clock()
             try:
-                shown = await run_sync(_show, service, job_id)
+                shown = await run_sync(_show, service, owner, job_id)
             except JobNotFound:
                 return
             if shown != last:
@@ -225,12 +241,12 @@ def _add_other_routes(app: FastAPI) -> None:
         return {"id": name, "object": "model", "created": 0, "owned_by": "proteus-deploy"}
 
     @app.get("/v1/models")
-    def models(service: _Service) -> dict[str, Any]:
+    def models(service: _Service, _: _Owner) -> dict[str, Any]:
         """The one model that is served."""
         return {"object": "list", "data": [model(service)]}
 
     @app.get("/v1/models/{name}")
-    def one_model(name: str, service: _Service) -> dict[str, Any]:
+    def one_model(name: str, service: _Service, _: _Owner) -> dict[str, Any]:
         """The model, by its name."""
         if name != service.settings.model_name:
             raise ApiError(404, f"the model {name!r} is not served", param="model", code="model_not_found")

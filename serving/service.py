@@ -7,14 +7,17 @@ import logging
 import math
 import secrets
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
+
+import sqlalchemy as sa
 
 from proteus_deploy._files import atomic_file
 from proteus_deploy.errors import InputError
 from proteus_deploy.serving.database import database_url, open_database
 from proteus_deploy.serving.jobs import Job
+from proteus_deploy.serving.keys import Keys
 from proteus_deploy.serving.messages import PipelineChoice, WorkerSettings
 from proteus_deploy.serving.results import ResultFolder
 from proteus_deploy.serving.store import JobStore
@@ -53,6 +56,7 @@ class ServiceSettings:
     keep_s: float | None = 7 * 86400.0
     keep_bytes: int | None = None
     finish_s: float = 0.0
+    keys: Keys = field(default_factory=Keys)
 
 
 class Service:
@@ -60,12 +64,16 @@ class Service:
 
     def __init__(self, settings: ServiceSettings) -> None:
         """Raises InputError when another server uses the data folder or the model can't be read."""
-        self.settings = settings
+        self.settings, self.keys = settings, settings.keys
         self.config = _config_of(settings.pipeline)
+        url = database_url(settings.database_url, settings.data_dir.absolute())
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         self._lock_file = _lock(settings.data_dir)
-        url = database_url(settings.database_url, settings.data_dir.absolute())
-        self.engine = open_database(url)
+        try:
+            self.engine = open_database(url)
+        except BaseException:
+            self._lock_file.close()
+            raise
         self.store = JobStore(self.engine, max_queued=settings.max_queued, max_attempts=settings.max_attempts)
         self.results = ResultFolder(settings.data_dir / "results")
         self.board = Board()
@@ -124,9 +132,12 @@ class Service:
 
     def _keep_house(self) -> None:
         while not self.stopping.wait(_HOUSEKEEPING_S):
-            self.store.settle()
-            names = self.store.retain(max_age_s=self.settings.keep_s, max_bytes=self.settings.keep_bytes)
-            self.results.remove(names)
+            try:
+                self.store.settle()
+                names = self.store.retain(max_age_s=self.settings.keep_s, max_bytes=self.settings.keep_bytes)
+                self.results.remove(names)
+            except (sa.exc.OperationalError, OSError) as error:
+                _log.warning("housekeeping will be tried again: %s", error)
 
 
 def _config_of(choice: PipelineChoice) -> TransformerConfig:

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import sqlalchemy as sa
+
 from proteus_deploy.errors import BackendError, InputError
 from proteus_deploy.serving.messages import Channel, WorkerSettings
 from proteus_deploy.serving.store import JobStore
@@ -180,14 +182,20 @@ class _Keeper:
             name = f"{self._settings.name}{self._number}.{self.restarts}"
             did_some, reason = self._run_once(name)
             if self.stopping.is_set() or self.refusal is not None:
-                self._store.worker_died(name, reason)  # had it put its job back, this finds none
+                self._free_jobs_of(name, reason)  # had it put its job back, this finds none
                 return
             _log.warning("worker %s ended: %s; the next one starts in %g s", name, reason, pause_s)
-            self._store.worker_died(name, reason)
+            self._free_jobs_of(name, reason)
             pause_s = _FIRST_PAUSE_S if did_some else pause_s
             self.stopping.wait(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             self.restarts += 1
+
+    def _free_jobs_of(self, name: str, reason: str) -> None:
+        try:
+            self._store.worker_died(name, reason)
+        except sa.exc.OperationalError as error:
+            _log.warning("the database doesn't answer (%s); the lease of %s will run out", error.orig, name)
 
     def _run_once(self, name: str) -> tuple[bool, str]:
         """(whether it finished a job, why it ended)."""

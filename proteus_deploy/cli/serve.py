@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 NAME = "serve"
 HELP = "serve a bundle or checkpoint over HTTP, in the shape of OpenAI's video API"
 
-_BUNDLE_BACKENDS = ("onnxruntime", "openvino", "tensorrt")
+_BUNDLE_BACKENDS = ("onnxruntime", "openvino", "tensorrt", "aotinductor")
 _CHECKPOINT_BACKENDS = ("eager", "compiled")
 _PACKAGES = ("fastapi", "uvicorn", "sqlalchemy", "alembic", "python_multipart", "prometheus_client")
 
@@ -38,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--database-url", metavar="URL", help="postgresql://… or sqlite:////… (default: SQLite in --data-dir)"
+    )
+    parser.add_argument(
+        "--api-keys",
+        type=Path,
+        metavar="FILE",
+        help="a name and the sha256 of a key on each line (default: none)",
     )
     parser.add_argument("--workers", type=int, default=1, help="processes, each with the model in memory")
     parser.add_argument("--model-name", default="proteus-id", help="name in the API (default: %(default)s)")
@@ -108,6 +114,7 @@ def _settings(arguments: argparse.Namespace) -> ServiceSettings:
         value = getattr(arguments, name)
         if value is not None and not least_number <= value < float("inf"):
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be a number of 0 or more")
+    from proteus_deploy.serving.keys import Keys
     from proteus_deploy.serving.messages import PipelineChoice
     from proteus_deploy.serving.service import ServiceSettings
 
@@ -130,6 +137,7 @@ def _settings(arguments: argparse.Namespace) -> ServiceSettings:
         keep_s=arguments.keep_days * 86400,
         keep_bytes=None if arguments.keep_gib is None else int(arguments.keep_gib * 2**30),
         finish_s=arguments.finish_seconds,
+        keys=Keys() if arguments.api_keys is None else Keys.read(arguments.api_keys),
     )
 
 

@@ -1,0 +1,210 @@
+"""`proteus-deploy serve` with the trained tiny model, as a client on the network meets it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from proteus_deploy.cli.main import main
+from proteus_deploy.tiny.trained import MODEL
+
+# The client warns that OpenAI's own server of this API is shut down; vLLM-Omni and SGLang have it too.
+pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
+
+
+class Server:
+    """The command in a process of its own."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        self.log = folder / "log"
+        command = [sys.executable, "-m", "proteus_deploy.cli.main", "serve", str(MODEL), "--port", "0"]
+        command += ["--data-dir", str(folder / "data"), *flags]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        found = re.fullmatch(r"serving on (http://127\.0\.0\.1:[0-9]+)\n", line)
+        assert found, self.log.read_text()
+        self.url = found[1]
+
+    def end(self, number: int = signal.SIGINT) -> int:
+        self.process.send_signal(number)
+        code = self.process.wait(timeout=60)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return code
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.end(signal.SIGKILL)
+
+    def get(self, route: str) -> Any:
+        return httpx2.get(self.url + route).json()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    started = Server(tmp_path_factory.mktemp("server"))
+    yield started
+    assert started.end() == 0
+    assert "stopped" in started.log.read_text()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[Path], Server]]:
+    """start(folder) -> a server, killed after the test where it still runs."""
+    started: list[Server] = []
+
+    def make(folder: Path) -> Server:
+        started.append(Server(folder))
+        return started[-1]
+
+    yield make
+    for one in started:
+        one.kill()
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[Any]:
+    import openai
+
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+@pytest.mark.slow
+def test_the_openai_client(client: Any, drawn_photo: bytes, tmp_path: Path) -> None:
+    """Create, poll, list, download, delete: the official client, unchanged."""
+    import openai
+
+    from proteus_deploy.video import read_video
+
+    video = client.videos.create_and_poll(
+        prompt="a person waves",
+        input_reference=("photo.png", drawn_photo),
+        extra_body={"num_inference_steps": 2, "seed": 3},
+        poll_interval_ms=50,
+    )
+    assert (video.status, video.progress, video.error) == ("completed", 100, None)
+    client.videos.download_content(video.id).write_to_file(tmp_path / "video.mp4")
+    assert read_video(tmp_path / "video.mp4").metadata["seed"] == 3
+    assert [one.id for one in client.videos.list(limit=1).data] == [video.id]
+    assert [model.id for model in client.models.list()] == ["proteus-id"]
+    assert client.videos.delete(video.id).deleted is True
+    with pytest.raises(openai.NotFoundError):
+        client.videos.retrieve(video.id)
+    with pytest.raises(openai.BadRequestError, match="input_reference is missing"):
+        client.videos.create(prompt="a person waves")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("language", ["sh", "python"])
+def test_the_examples_of_the_page(
+    language: str, server: Server, repository: Path, drawn_photo: bytes, tmp_path: Path
+) -> None:
+    from proteus_deploy.video import read_video
+
+    page = (repository / "docs" / "serve.md").read_text(encoding="utf-8")
+    block = re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[0]
+    program = "bash" if language == "sh" else sys.executable
+    if language == "sh" and shutil.which("curl") is None:
+        pytest.skip("curl is not installed on this machine")
+    (tmp_path / "photo.png").write_bytes(drawn_photo)
+    command = [program, "-c", block.replace("http://127.0.0.1:8000", server.url)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert read_video(tmp_path / "video.mp4").metadata["seed"] == 42
+
+
+@pytest.mark.slow
+def test_events_and_cancel(server: Server, client: Any, drawn_photo: bytes) -> None:
+    video = client.videos.create(
+        prompt="a person waves",
+        input_reference=("photo.png", drawn_photo),
+        extra_body={"num_inference_steps": 1000},
+    )
+    shown = []
+    with httpx2.stream("GET", f"{server.url}/v1/videos/{video.id}/events", timeout=60) as stream:
+        for line in stream.iter_lines():
+            if not line.startswith("data: "):
+                continue
+            shown.append(json.loads(line.removeprefix("data: ")))
+            if shown[-1].get("stage", {}).get("done", 0) >= 3 and not shown[-1]["cancel_requested"]:
+                client.post(f"/videos/{video.id}/cancel", cast_to=object)
+    assert shown[-1]["status"] == "cancelled"
+    steps = [one["stage"]["done"] for one in shown if one.get("stage", {}).get("stage") == "denoise"]
+    assert steps == sorted(steps)
+    assert steps[-1] < 1000
+
+
+@pytest.mark.slow
+def test_sync(server: Server, drawn_photo: bytes) -> None:
+    import base64
+
+    url = "data:image/png;base64," + base64.b64encode(drawn_photo).decode()
+    document = {"prompt": "a person waves", "num_inference_steps": 2, "input_reference": url}
+    answer = httpx2.post(f"{server.url}/v1/videos/sync", json=document, timeout=120)
+    assert answer.headers["Content-Type"] == "video/mp4"
+    assert answer.headers["X-Video-Id"].startswith("video_")
+    assert answer.content[4:8] == b"ftyp"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def test_an_accepted_video_outlives_the_server(
+    start: Callable[[Path], Server], tmp_path: Path, drawn_photo: bytes, number: signal.Signals
+) -> None:
+    import openai
+
+    server = start(tmp_path)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        video = client.videos.create(
+            prompt="a person waves",
+            input_reference=("photo.png", drawn_photo),
+            extra_body={"num_inference_steps": 30},
+        )
+        _wait(lambda: client.videos.retrieve(video.id).progress > 4)
+    code = server.end(number)
+    assert code == (0 if number == signal.SIGTERM else -number)
+    again = start(tmp_path)
+    _wait(lambda: again.get(f"/v1/videos/{video.id}")["status"] == "completed")
+    shown = again.get(f"/v1/videos/{video.id}")
+    assert shown["attempt"] == 2
+    assert again.end() == 0
+    assert len(list((tmp_path / "data" / "results").iterdir())) == 1
+
+
+def _wait(until: Callable[[], bool]) -> None:
+    while not until():
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--backend", "onnxruntime"), "runs a bundle"),
+        (("--backend", "compiled", "--low-memory"), "leave one of them out"),
+        (("--low-memory", "--workers", "2"), "leave one of them out"),
+        (("--workers", "0"), "--workers is 0"),
+        (("--port", "70000"), "--port is 70000"),
+        (("--keep-days", "nan"), "--keep-days is nan"),
+        (("--database-url", "mysql://host/jobs"), "sqlite or postgresql"),
+    ],
+)
+def test_what_cannot_go_together_is_refused_by_name(
+    flags: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--data-dir", str(tmp_path / "data"), "--port", "0"]
+    assert main(["serve", str(MODEL), *data, *flags]) == 2
+    assert said in capsys.readouterr().err
