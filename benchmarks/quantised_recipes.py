@@ -130,6 +130,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     recipes = arguments.recipe or list(ready_recipes())
     backends = tuple(arguments.backend or BACKENDS)
+    films = tuple(arguments.video_backend or backends)
     steps, work = arguments.num_inference_steps, arguments.work
     people = list(HELD_OUT_SEEDS)[: arguments.people]
     seen = list(VALIDATION)[: arguments.calibration_people]
@@ -152,6 +153,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "dtype": "fp32",
             "metrics": list(METRICS),
+            "video_backends": list(films),
         },
         "bytes": {},
         "exact": None,
@@ -173,7 +175,9 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
             document["parity"] = measure_parity(arguments.parity, work / "parity", recipes, backends)
             save()
         requests = drawn_requests(people, steps=steps)
-        document["exact"] = trials.videos(requests, load_encoders(ENCODERS), METRICS, after_row=save)
+        document["exact"] = trials.videos(
+            requests, load_encoders(ENCODERS), METRICS, backends=films, after_row=save
+        )
         save()
     return document
 
@@ -200,6 +204,12 @@ def _parser() -> argparse.ArgumentParser:
         "--recipe", action="append", metavar="NAME", help="repeatable (default: all ready ones)"
     )
     parser.add_argument("--backend", action="append", choices=BACKENDS, help="repeatable (default: all)")
+    parser.add_argument(
+        "--video-backend",
+        action="append",
+        choices=BACKENDS,
+        help="whose videos are measured; repeatable (default: all; a recipe's codes are the same on each)",
+    )
     parser.add_argument("--people", type=_count, default=8, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--calibration-people", type=_count, default=4, metavar="N")
     parser.add_argument("--num-inference-steps", type=_count, default=NUM_INFERENCE_STEPS, metavar="N")

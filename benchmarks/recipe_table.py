@@ -95,10 +95,11 @@ def _conditions(document: Mapping[str, Any]) -> str:
         for name in ("torch", "onnxruntime", "openvino")
         if name in document["versions"]
     ]
+    films = f"{len(settings['people'])} held-out people on {' and '.join(settings['video_backends'])}"
     return (
-        f"Tiny model, float32 where nothing is quantised; videos of {len(settings['people'])} held-out "
-        f"people, {settings['num_inference_steps']} steps; step times: medians of {settings['rounds']} "
-        "interleaved rounds; "
+        f"Tiny model, float32 where nothing is quantised; videos of {films}, "
+        f"{settings['num_inference_steps']} steps; step times: medians of {settings['rounds']} interleaved "
+        "rounds; "
         f"{machine['cpu']}, {machine['cores']} cores{extensions}, {settings['threads']} threads; "
         f"{', '.join(packages)}; commit {document['commit'][:12]}."
     )

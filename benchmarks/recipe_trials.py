@@ -168,11 +168,12 @@ class RecipeTrials:
         encoders: Encoders,
         metrics: Sequence[str],
         *,
+        backends: Sequence[str] = BACKENDS,
         after_row: Callable[[], None] = lambda: None,
     ) -> dict[str, float]:
         """Measure each row's videos against eager float32's, and return the means of those.
 
-        metrics: of `metrics.METRICS`. after_row: called when a row is done.
+        metrics: of `metrics.METRICS`. backends: whose rows get videos. after_row: called when a row is done.
         """
         exact = [self._video(PLAIN, "eager", case) for case in cases]
         own = mean_values(
@@ -188,6 +189,8 @@ class RecipeTrials:
             return {"means": mean_values(measured), "videos": {one.case: one.values for one in measured}}
 
         for row in self.rows:
+            if row["backend"] not in backends:
+                continue
             self._try(row, "video", partial(measure, row))
             if backend := self._open.pop((row["recipe"], row["backend"]), None):
                 backend.close()

@@ -85,7 +85,13 @@ def test_rows_of_a_checkpoint(
         "machine": {"cpu": "Some CPU", "cores": 2, "extensions": []},
         "versions": {"torch": "2"},
         "commit": "0123456789abcdef",
-        "settings": {"people": [1], "num_inference_steps": 2, "rounds": 2, "threads": 1},
+        "settings": {
+            "people": [1],
+            "video_backends": ["openvino"],
+            "num_inference_steps": 2,
+            "rounds": 2,
+            "threads": 1,
+        },
         "parity": {"rows": [{"recipe": "weights-int8", "backend": "eager", "relative_error": 0.25}]},
     }
     document["parity"]["rows"][0] |= {"status": "ok", "reason": ""}
