@@ -17,7 +17,7 @@ from proteus_deploy.evaluate.report_style import STYLE
 if TYPE_CHECKING:
     from proteus_deploy.benchmarks.precision_search import PrecisionTuning
 
-__all__ = ["HEADERS", "page", "precision_document", "row"]
+__all__ = ["HEADERS", "page", "precision_document", "row", "rows"]
 
 HEADERS = ("denoiser", "weights", "of exact", "error", "predicted", "psnr dB", "likeness", "motion", "budget")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
