@@ -10,6 +10,8 @@ import pytest
 
 from proteus_deploy.benchmarks import plan_families
 from proteus_deploy.cli.main import main
+from proteus_deploy.export import sensitivity
+from proteus_deploy.export.recipe import Recipe
 from proteus_deploy.policies.plan import plan_from_json, read_plan
 from proteus_deploy.tiny.trained import ENCODERS, MODEL
 
@@ -44,6 +46,29 @@ def test_the_shipped_model(
     assert lines[-1].startswith(f"{found['chosen']}: ")
 
 
+@pytest.mark.slow
+def test_a_recipe_for_the_shipped_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of four units: the others are the same work."""
+    every = sensitivity.units_of
+    monkeypatch.setattr(sensitivity, "units_of", lambda shapes: every(shapes)[-4:])
+    recipe, document, page = (tmp_path / name for name in ("recipe.json", "tuning.json", "tuning.html"))
+    words = ["--output", str(recipe), "--json", str(document), "--report", str(page)]
+    size = ["--people", "2", "--check", "1", "--num-inference-steps", "2", "--steps-per-case", "1"]
+    assert main(["tune", "--quantize", "--formats", "int8-weight", *size, *words]) == 0
+    found = json.loads(document.read_text())
+    assert found["settings"]["formats"] == ["int8-weight"]
+    assert found["chosen"] == "mixed 4 of 4"
+    assert found["checks"][-1]["passed"]
+    assert Recipe.load(recipe).hash == found["recipe"]
+    assert recipe.with_suffix(".sensitivities.json").is_file()
+    assert page.read_text().startswith("<!doctype html>")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:4] == ["denoiser", "weights", "of", "exact"]
+    assert lines[-1].startswith("mixed 4 of 4: ")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -53,6 +78,20 @@ def test_the_shipped_model(
         (["--budget", "nowhere.toml"], "nowhere.toml"),
         (["--check", "4"], "--check is 4; of 4 cases it can keep 0 to 3 out of the search"),
         (["--backend", "openvino"], "--backend openvino runs bundles"),
+        (["--formats", "int8"], "--formats is for the search of a recipe; add --quantize"),
+        (["--steps-per-case", "2"], "--steps-per-case is for the search of a recipe; add --quantize"),
+        (["--quantize", "--policy", "guidance"], "--policy is for plans; leave it out with --quantize"),
+        (
+            ["--quantize", "--backend", "compiled"],
+            "--backend is compiled; --quantize tries layers on the eager",
+        ),
+        (["--quantize"], "format 'int4-weight' needs statistics of activations"),
+        (["--quantize", "--formats", "int8-weight,int2"], "format 'int2' is unknown"),
+        (
+            ["--quantize", "--formats", "int8-weight", "--cost", "int8-weight=much"],
+            "--cost is 'int8-weight=much'; it is a format, once each, and a number",
+        ),
+        (["--quantize", "--calibration", "nowhere"], "nowhere"),
     ],
 )
 def test_wrong_flags(
