@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from proteus_deploy.benchmarks import bench_report, readme_table
+from proteus_deploy.benchmarks import bench_report, readme_table, recipe_table
 
 NAMES = ("bench_mini",)  # benchmarks/results/NAME.json, shown between <!-- NAME --> and <!-- /NAME -->
 
@@ -73,6 +73,20 @@ def test_the_page_of_policies_shows_what_was_measured(repository: Path) -> None:
     assert held_out["planned"]["passed"]
     for document in (tuned, bold, held_out, requests):
         assert not document["commit"].endswith(("-dirty", "unknown"))
+
+
+def test_the_page_of_recipes_shows_what_was_measured(repository: Path) -> None:
+    file = repository / "benchmarks" / "results" / "tiny_model" / "quantised_recipes.json"
+    document = json.loads(file.read_text(encoding="utf-8"))
+    page = (repository / "docs" / "quantize.md").read_text(encoding="utf-8")
+    assert shown(page, "quantised_recipes") == recipe_table.recipe_table(document)
+    assert not document["commit"].endswith(("-dirty", "unknown"))
+    assert not [row for row in (*document["rows"], *document["parity"]["rows"]) if row["status"] == "failed"]
+    measured = [row for row in document["rows"] if row["recipe"] == "int8" and "video" in row]
+    assert {row["backend"] for row in measured} == set(document["settings"]["video_backends"])
+    for row in measured:
+        assert row["video"]["means"]["psnr"] >= 28
+        assert row["video"]["means"]["face_sim_arc"] >= document["exact"]["face_sim_arc"] - 0.01
 
 
 def spread(median: float) -> dict[str, float]:
