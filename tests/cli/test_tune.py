@@ -11,6 +11,7 @@ import pytest
 from proteus_deploy.benchmarks import plan_families
 from proteus_deploy.cli.main import main
 from proteus_deploy.export import sensitivity
+from proteus_deploy.export.precision_units import units_of
 from proteus_deploy.export.recipe import Recipe
 from proteus_deploy.policies.plan import plan_from_json, read_plan
 from proteus_deploy.tiny.trained import ENCODERS, MODEL
@@ -51,8 +52,7 @@ def test_a_recipe_for_the_shipped_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of four units: the others are the same work."""
-    every = sensitivity.units_of
-    monkeypatch.setattr(sensitivity, "units_of", lambda shapes: every(shapes)[-4:])
+    monkeypatch.setattr(sensitivity, "units_of", lambda shapes: units_of(shapes)[-4:])
     recipe, document, page = (tmp_path / name for name in ("recipe.json", "tuning.json", "tuning.html"))
     words = ["--output", str(recipe), "--json", str(document), "--report", str(page)]
     size = ["--people", "2", "--check", "1", "--num-inference-steps", "2", "--steps-per-case", "1"]

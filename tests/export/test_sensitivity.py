@@ -26,10 +26,12 @@ from proteus_deploy.export.activation_statistics import ActivationStatistics
 from proteus_deploy.export.onnx_graph import traced_model, write_model
 from proteus_deploy.export.precision_path import EXPORTED, precision_path
 from proteus_deploy.export.precision_units import (
+    Unit,
     check_formats,
     format_rule,
     mixed_recipe,
     simulated_formats,
+    unit_recipe,
     units_of,
 )
 from proteus_deploy.export.qdq import Quantisation
@@ -259,10 +261,12 @@ def test_what_is_known_is_not_measured_again(
     part = tmp_path / "part.json"
     part.write_text(json.dumps(document))
     ran: list[str] = []
-    real = tested.unit_recipe
-    monkeypatch.setattr(
-        tested, "unit_recipe", lambda unit, kind: ran.append(f"{unit.pattern} {kind}") or real(unit, kind)
-    )
+
+    def counted(unit: Unit, kind: str) -> Recipe:
+        ran.append(f"{unit.pattern} {kind}")
+        return unit_recipe(unit, kind)
+
+    monkeypatch.setattr(tested, "unit_recipe", counted)
     again = model.measure(part)
     assert ran == ["norm_out.linear int8-weight", "proj_out int4-weight", "proj_out int8-weight"]
     assert part.read_bytes() == whole.read_bytes()
