@@ -58,6 +58,7 @@ def test_table() -> None:
     assert lines[-1].endswith("tensorrt_rtx 1.7, onnx 1.23; commit 0123456789ab.")
 
 
+@pytest.mark.slow
 def test_rows_of_the_parity_checkpoint(
     parity: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

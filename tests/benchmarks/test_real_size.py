@@ -97,6 +97,7 @@ def small(monkeypatch: pytest.MonkeyPatch, parity: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_rows_of_quantised_exports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -140,6 +141,7 @@ def test_a_line_through_the_slices() -> None:
     assert found == {"int8": {"peak_memory_bytes": line}}, "one slice, or the whole itself, makes no line"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_rows_of_engines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
