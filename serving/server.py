@@ -67,6 +67,7 @@ def serve(
             _log.info("stopping")
         finally:
             service.close()
+            _log.info("stopped")
 
 
 def _listen(host: str, port: int) -> socket.socket:
