@@ -30,6 +30,7 @@ from proteus_deploy.request import GenerateRequest, request_digest, resolve_requ
 from proteus_deploy.runtime import open_bundle_backend
 from proteus_deploy.runtime.backend import Backend, Quantizer, resolve_dtype, short_dtype
 from proteus_deploy.schedulers import Stepper
+from proteus_deploy.size_ranges import check_ranges
 from proteus_deploy.stage_cache import StageCache
 from proteus_deploy.stage_calls import Stages, stages_of
 from proteus_deploy.stage_table import VAE_SPATIAL, latent_frames
@@ -256,7 +257,8 @@ class Pipeline:
         watch = _Watch(on_progress, cancel)
         resolved = [resolve_request(request, self.config) for request in requests]
         shared = _common_settings(resolved)
-        self._check_ranges(shared, len(resolved))
+        if self.backend.checks_ranges:
+            check_ranges(shared, len(resolved), self.backend.table, self.config.backbone)
         watch.check()
         stepper = Stepper(self._scheduler, shared.scheduler, shared.num_inference_steps)
         policy = PlanRun(shared.plan, stepper.timesteps.tolist(), guided=shared.guided)
@@ -349,32 +351,6 @@ class Pipeline:
                 f"initial_latents have shape {list(given.shape)}; this request needs {list(shape)}"
             )
         return given.to(self.backend.device, self.backend.dtype)
-
-    def _check_ranges(self, shared: GenerateRequest, videos: int) -> None:
-        if not self.backend.checks_ranges:
-            return
-        backbone = self.config.backbone
-        patch_t, step = backbone.patch_size_t or 1, backbone.temporal_compression_ratio
-        pixels = VAE_SPATIAL * backbone.patch_size
-        rows_per_video = 2 if shared.guided else 1
-        longest = (self.backend.table.axes["f"].max * patch_t - 1) * step + 1
-        frames = latent_frames(shared.num_frames or 0, backbone) // patch_t
-        # (what the caller wrote, its value, symbol of the table, its size, one symbol in the caller's unit)
-        for name, value, symbol, size, unit in (
-            ("height", shared.height, "y", (shared.height or 0) // pixels, pixels),
-            ("width", shared.width, "x", (shared.width or 0) // pixels, pixels),
-            ("max_sequence_length", shared.max_sequence_length, "L", shared.max_sequence_length or 0, 1),
-            ("num_frames", shared.num_frames, "f", frames, None),
-            ("videos in a batch", videos, "B", videos * rows_per_video, None),
-        ):
-            bounds = self.backend.table.axes[symbol]
-            if bounds.min <= size <= bounds.max:
-                continue
-            if unit is not None:
-                allowed = f"{bounds.min * unit} to {bounds.max * unit}"
-            else:
-                allowed = f"up to {longest if symbol == 'f' else bounds.max // rows_per_video}"
-            raise InputError(f"{name} is {value}; this bundle was exported for {allowed} (axis {symbol})")
 
 
 class _Watch:

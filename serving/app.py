@@ -89,7 +89,8 @@ async def _submit(service: Service, owner: str, request: Request, key: str | Non
     if body.model not in (None, name):
         text = f"the model {body.model!r} is not served; this server has {name!r}"
         raise ApiError(404, text, param="model", code="model_not_found")
-    order = await run_sync(partial(make_order, body, photo, service.config, service.settings.max_pixels))
+    pixels = service.settings.max_pixels
+    order = await run_sync(partial(make_order, body, photo, service.config, pixels, service.table))
     # A seed that was drawn must not tell a repeated request from the first.
     job, _ = await run_sync(
         partial(

@@ -18,6 +18,7 @@ from proteus_deploy.serving.answers import ApiError
 
 if TYPE_CHECKING:
     from proteus_deploy.model.config import TransformerConfig
+    from proteus_deploy.stages import StageTable
 
 __all__ = ["CreateVideo", "Order", "cost_of", "make_order", "read_body"]
 
@@ -159,14 +160,23 @@ def _photo_of(reference: Any) -> bytes:
         ) from error
 
 
-def make_order(body: CreateVideo, photo: bytes | None, config: TransformerConfig, max_pixels: int) -> Order:
+def make_order(
+    body: CreateVideo,
+    photo: bytes | None,
+    config: TransformerConfig,
+    max_pixels: int,
+    table: StageTable | None = None,
+) -> Order:
     """Check everything that can be known before a worker has the job.
+
+    table: of the bundle that is served; None for a checkpoint, which takes every size of its model.
 
     Raises ApiError, PhotoError for the photo, InputError for what the model can't make.
     """
     from proteus_deploy.identity.photo import open_photo
     from proteus_deploy.policies.plan import plan_from_json
     from proteus_deploy.request import GenerateRequest, resolve_request
+    from proteus_deploy.size_ranges import check_ranges
 
     if photo is None:
         raise ApiError(
@@ -185,6 +195,8 @@ def make_order(body: CreateVideo, photo: bytes | None, config: TransformerConfig
             )
     plan = None if body.plan is None else plan_from_json(body.plan)
     resolved = resolve_request(GenerateRequest(**fields, photo=photo, plan=plan), config)
+    if table is not None:
+        check_ranges(resolved, 1, table, config.backbone)
     open_photo(photo, max_pixels=max_pixels)
     document = {name: value for name, value in resolved.to_json().items() if name != "photo"}
     return Order(document, photo, cost_of(document), body.timeout_s)

@@ -25,6 +25,7 @@ from proteus_deploy.serving.supervisor import Board, Supervisor
 
 if TYPE_CHECKING:
     from proteus_deploy.model.config import TransformerConfig
+    from proteus_deploy.stages import StageTable
 
 __all__ = ["Service", "ServiceSettings"]
 
@@ -65,7 +66,7 @@ class Service:
     def __init__(self, settings: ServiceSettings) -> None:
         """Raises InputError when another server uses the data folder or the model can't be read."""
         self.settings, self.keys = settings, settings.keys
-        self.config = _config_of(settings.pipeline)
+        self.config, self.table = _model_of(settings.pipeline)
         url = database_url(settings.database_url, settings.data_dir.absolute())
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         self._lock_file = _lock(settings.data_dir)
@@ -140,14 +141,16 @@ class Service:
                 _log.warning("housekeeping will be tried again: %s", error)
 
 
-def _config_of(choice: PipelineChoice) -> TransformerConfig:
+def _model_of(choice: PipelineChoice) -> tuple[TransformerConfig, StageTable | None]:
+    """The model, and what a bundle was exported for; None for a checkpoint, which has no ranges."""
     if choice.kind == "bundle":
         from proteus_deploy.bundle import Bundle
 
-        return Bundle.open(choice.folder).transformer
+        bundle = Bundle.open(choice.folder)
+        return bundle.transformer, bundle.table
     from proteus_deploy.checkpoint import Checkpoint
 
-    return Checkpoint.open(choice.folder).transformer
+    return Checkpoint.open(choice.folder).transformer, None
 
 
 def _lock(folder: Path) -> IO[bytes]:

@@ -7,6 +7,7 @@ When the other end of the socket goes away it stops within one step and puts its
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
 import sys
@@ -15,6 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
 
 from proteus_deploy.errors import Cancelled, InputError, ProteusError
 from proteus_deploy.serving.database import database_url, open_database
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from proteus_deploy.pipeline import Pipeline
 
 __all__ = ["Worker", "open_pipeline"]
+
+_log = logging.getLogger(__name__)
 
 
 def open_pipeline(choice: PipelineChoice) -> Pipeline:
@@ -182,6 +187,9 @@ class Worker:
             except LostClaim:
                 stop.set("lost")
                 return
+            except sa.exc.OperationalError as error:
+                # The lease may still hold when the database is back; if not, the next renewal says so.
+                _log.warning("the lease of job %s is not renewed: %s", claim.job.id, error.orig)
 
     def _stopped(self, claim: Claim, stop: _Stop) -> str:
         try:

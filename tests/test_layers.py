@@ -34,6 +34,7 @@ LAYERS = (
         "process_groups",
         "sequence_parallel",
         "schedulers",
+        "size_ranges",
         "tokens",
         "vae_decode",
         "memory_plan",

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from proteus_deploy.checkpoint import Checkpoint
 from proteus_deploy.errors import InputError
 from proteus_deploy.serving.app import create_app
 from proteus_deploy.serving.jobs import Claim, JobFailure
 from proteus_deploy.serving.messages import PipelineChoice
 from proteus_deploy.serving.service import Service, ServiceSettings
+from proteus_deploy.stage_table import build_stage_table
 from proteus_deploy.tiny.trained import MODEL
 
 FIELDS = {"prompt": "a person waves", "num_inference_steps": 2}
@@ -236,3 +238,12 @@ def test_the_other_routes(client: TestClient) -> None:
 def test_one_server_per_data_folder(service: Service, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="another server uses the data folder"):
         Service(_settings(tmp_path))
+
+
+def test_a_size_that_the_bundle_has_not_is_refused(service: Service, create: Any) -> None:
+    service.table = build_stage_table(Checkpoint.open(MODEL))
+    longest = 8 * service.config.backbone.patch_size * service.table.axes["y"].max
+    assert create(height=str(longest)).status_code == 200
+    error = _error(create(height=str(longest + 16)), 400)
+    assert f"height is {longest + 16}; this bundle was exported for" in error["message"]
+    assert len(service.store.page()[0]) == 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from proteus_deploy.errors import InputError
 from proteus_deploy.serving.database import database_url, open_database
 from proteus_deploy.serving.jobs import Job, JobState
-from proteus_deploy.serving.messages import PipelineChoice, WorkerSettings
+from proteus_deploy.serving.messages import Channel, PipelineChoice, WorkerSettings
 from proteus_deploy.serving.progress import JobProgress, StageTimes
 from proteus_deploy.serving.results import ResultFolder
 from proteus_deploy.serving.store import JobStore
 from proteus_deploy.serving.supervisor import Board, Supervisor
+from proteus_deploy.serving.worker import Worker
 from proteus_deploy.tiny.trained import MODEL
 
 REQUEST: dict[str, Any] = {"prompt": "a person waves", "num_inference_steps": 2, "seed": 3}
@@ -181,3 +185,38 @@ def test_progress_is_told_with_time_left() -> None:
     assert told[-1]["eta_s"] == 9.0
     percents = [news["percent"] for news in told]
     assert percents == sorted(percents)
+
+
+def test_a_database_that_does_not_answer_for_a_while_ends_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lease is renewed when the database is back."""
+    renewed = threading.Event()
+
+    class Pipeline:
+        def generate(self, *_: Any, **__: Any) -> None:
+            assert renewed.wait(30), "the heartbeat ended with the first error"
+            raise InputError("made, as far as this test goes")
+
+    service = Service(tmp_path)
+    service.store.submit("anna", REQUEST)
+    claim = service.store.claim("w", lease_s=60)
+    assert claim is not None
+    ours, theirs = socket.socketpair()
+    settings = replace(service.settings, name="w", lease_s=0.3)
+    worker = Worker(settings, Pipeline(), Channel(ours))  # type: ignore[arg-type]
+    renew, failures = JobStore.renew, iter([sa.exc.OperationalError("UPDATE", {}, Exception("locked"))])
+
+    def fail_once(store: JobStore, *arguments: Any, **named: Any) -> bool:
+        for failure in failures:
+            raise failure
+        answer = renew(store, *arguments, **named)
+        renewed.set()
+        return answer
+
+    monkeypatch.setattr(JobStore, "renew", fail_once)
+    with ours, theirs:
+        assert worker._do(claim) == JobState.FAILED.value
+    failure = service.store.get(claim.job.id).failure
+    assert failure is not None
+    assert failure.message == "made, as far as this test goes"
