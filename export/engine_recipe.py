@@ -2,7 +2,7 @@
 
 Every product gets one of four verdicts. "as asked": each operand has the type that the recipe names.
 "explained": it is high because the recipe keeps it, or because it is no Linear layer, and the reason is
-quoted. "unexplained": the recipe asks for fewer bits than the product has, or nothing says why it is high.
+quoted. "unexplained": the recipe asks for fewer bits than the product has, or for a product that isn't there.
 "not asked for": it has fewer bits, or others, than the recipe asks for.
 """
 
@@ -81,11 +81,15 @@ def judge(
         seen.add(name)
         share = row["flops"] / total
         found.append(ProductVerdict(name, row["name"], wanted, " x ".join(operands), verdict, reason, share))
-    missing = (name for name, entry in plan["layers"].items() if entry["precision"] != _AS_EXPORTED)
-    for name in missing:
-        if name not in seen:
-            wanted, reason = plan["layers"][name]["precision"], "no product reads a weight of its name"
-            found.append(ProductVerdict(name, "", wanted, "no product", HIGHER, reason, 0.0))
+    seen |= {name.partition(": ")[0] for name in seen}  # an attention's products are "attention: node"
+    for part, reason in (
+        ("layers", "no product reads a weight of its name"),
+        ("attention", "no product reads its projections"),
+    ):
+        for name, entry in plan.get(part, {}).items():
+            if entry["precision"] != _AS_EXPORTED and name not in seen:
+                wanted = entry["precision"]
+                found.append(ProductVerdict(name, "", wanted, "no product", HIGHER, reason, 0.0))
     return found
 
 
@@ -104,10 +108,10 @@ class _Judge:
             return layer, *_compare(operands, self.layers[layer])
         if row["operator"] in CONVOLUTIONS:
             name, reason = layer or row["name"], f"a {row['operator']}: recipes name Linear layers"
-            return name, "", *_outside(operands, self._kept([layer]) or reason, "")
+            return name, "", *_outside(operands, self._kept([layer]) or reason)
         if row["weight"]:
-            reason = self._kept([layer])
-            return row["weight"], "", *_outside(operands, reason, "its constant is no Linear layer's weight")
+            reason = self._kept([layer]) or "its constant is no Linear layer's weight: no rule can name it"
+            return row["weight"], "", *_outside(operands, reason)
         near = [_layer_of(weight) for weight in row["near"]]
         modules = [match["attention"] for name in near if (match := _PROJECTION.fullmatch(name))]
         label = f"{modules[0] if modules else near[0] if near else 'inputs'}: {row['name']}"
@@ -116,7 +120,7 @@ class _Judge:
                 return label, *_compare(operands, self.attention[module], every=True)
         near.sort(key=lambda name: _PROJECTION.fullmatch(name) is None)  # the attention's own first
         reason = self._kept(near) or "a product of activations: no Linear layer, and no rule for attention"
-        return label, "", *_outside(operands, reason, "")
+        return label, "", *_outside(operands, reason)
 
     def _kept(self, names: Sequence[str]) -> str:
         """The reason that keeps the first of `names` which an entry of the recipe names; "" for none."""
@@ -142,11 +146,10 @@ def _compare(
     return wanted, EXPLAINED if wanted == _AS_EXPORTED else AS_ASKED, reason
 
 
-def _outside(operands: Sequence[str], reason: str, otherwise: str) -> tuple[str, str]:
-    """Verdict and reason of a product that the plan doesn't know; otherwise: why that is no explanation."""
-    if any(dtype in QUANTISED for dtype in operands):
-        return NOT_ASKED, reason or otherwise
-    return (EXPLAINED, reason) if reason else (HIGHER, otherwise)
+def _outside(operands: Sequence[str], reason: str) -> tuple[str, str]:
+    """Verdict and reason of a product that the plan doesn't know."""
+    coded = any(dtype in QUANTISED for dtype in operands)
+    return NOT_ASKED if coded else EXPLAINED, reason
 
 
 def _asked(precision: str, count: int, *, every: bool) -> tuple[str, ...]:
@@ -182,12 +185,14 @@ def _findings(verdicts: Sequence[ProductVerdict]) -> Iterator[Finding]:
     higher = [one for one in verdicts if one.verdict == HIGHER]
     if higher:
         first, names = higher[0], tuple(one.name for one in higher)
-        wanted = f"the recipe asks for {first.wanted}" if first.wanted else "the recipe doesn't name it"
-        text = f"{named(names)}: {wanted}, found is {first.found} ({first.reason})"
+        which = f"of {first.name} " if len(higher) > 1 else ""
+        asked = f"{which}the recipe asks for {first.wanted}, found is {first.found} ({first.reason})"
+        text = f"{named(names)}: {asked}"
         yield Finding(UNEXPLAINED, text, names, sum(one.share for one in higher))
     other = [one for one in verdicts if one.verdict == NOT_ASKED]
     if other:
         first, names = other[0], tuple(one.name for one in other)
+        which = f"of {first.name} " if len(other) > 1 else ""
         wanted = first.wanted or "nothing"
-        text = f"{named(names)}: found is {first.found}, and the recipe asks for {wanted} ({first.reason})"
+        text = f"{named(names)}: {which}found is {first.found}, the recipe asks for {wanted} ({first.reason})"
         yield Finding(UNASKED, text, names, sum(one.share for one in other))

@@ -99,7 +99,7 @@ def test_what_is_no_linear_layer_is_explained_or_not() -> None:
     kept = _verdict(_product("face.0.norm.bias", "bf16", "bf16"), layers)
     assert kept == ("face.0.norm.bias", "", "bf16 x bf16", EXPLAINED, "the likeness")
     unknown = _verdict(_product("folded", "bf16", "bf16"), layers)
-    assert unknown[3:] == (HIGHER, "its constant is no Linear layer's weight")
+    assert unknown[3:] == (EXPLAINED, "its constant is no Linear layer's weight: no rule can name it")
     window = _verdict(_product("patch.weight", "bf16", "bf16", operator="convolution"), layers)
     assert window[3:] == (EXPLAINED, "a convolution: recipes name Linear layers")
 
@@ -143,7 +143,8 @@ def test_a_layer_without_a_product_is_noticed() -> None:
         "layers": {
             "blocks.1.a": {"precision": "int8", "reason": "rule"},
             "face.0": {"precision": "as exported", "reason": "kept"},
-        }
+        },
+        "attention": {"blocks.1.attn1": {"precision": "as exported", "reason": "no rule"}},
     }
     joined = add_recipe(report, "denoiser", plan, RECIPE)
     assert joined["recipe"]["counts"] == {AS_ASKED: 0, EXPLAINED: 0, HIGHER: 1, NOT_ASKED: 0}
@@ -151,6 +152,24 @@ def test_a_layer_without_a_product_is_noticed() -> None:
     assert finding["layers"] == ("blocks.1.a",)
     assert "no product reads a weight of its name" in finding["text"]
     assert failures(joined, [GATE]) == [f"{GATE}: {finding['text']}"]
+
+
+def test_an_attention_without_a_product_is_noticed() -> None:
+    attention = {
+        name: {"precision": "fp8_e4m3", "reason": "rule"} for name in ("blocks.0.attn1", "blocks.1.attn1")
+    }
+    row = _product("", "fp8", "fp8", near=("blocks.0.attn1.to_q.weight.codes",))
+    report = {"flops": 10, "layers": [row], "findings": []}
+    joined = add_recipe(report, "denoiser", {"layers": {}, "attention": attention}, RECIPE)
+    (finding,) = joined["findings"]
+    assert finding["layers"] == ("blocks.1.attn1",)
+    assert "no product reads its projections" in finding["text"]
+
+
+def test_several_layers_are_told_with_the_words_of_one() -> None:
+    layers = {name: {"precision": "int8", "reason": "rule"} for name in ("blocks.1.a", "blocks.2.a")}
+    joined = add_recipe({"flops": 1, "layers": [], "findings": []}, "denoiser", {"layers": layers}, RECIPE)
+    assert "of blocks.1.a the recipe asks for int8" in joined["findings"][0]["text"]
 
 
 def test_graphs_that_the_recipe_leaves_alone_say_so() -> None:
