@@ -7,16 +7,13 @@ TUNE.json is what `proteus-deploy tune --json` wrote.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from proteus_deploy._files import atomic_file
 from proteus_deploy.benchmarks.canvas import Canvas
+from proteus_deploy.benchmarks.plot_command import write_plot
 
 __all__ = ["front_plot"]
 
@@ -78,14 +75,7 @@ def _axes(canvas: Canvas, lowest: float, highest: float) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the picture. Returns 0."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("file", type=Path, metavar="TUNE.json")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.png")
-    arguments = parser.parse_args(argv)
-    document = json.loads(arguments.file.read_text(encoding="utf-8"))
-    with atomic_file(arguments.output) as partial:
-        partial.write_bytes(front_plot(document).png())
-    return 0
+    return write_plot(front_plot, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -44,34 +44,17 @@ def denoiser_alone(recipe: Recipe) -> Recipe:
 
 def export_command(configs: Path, onnx_file: Path, recipe: str, dtype: str) -> list[str]:
     """The command of a process that exports."""
-    command = [sys.executable, "-m", "proteus_deploy.benchmarks.real_size_denoiser", "export"]
-    return [
-        *command,
-        "--configs",
-        str(configs),
-        "--onnx",
-        str(onnx_file),
-        "--recipe",
-        recipe,
-        "--dtype",
-        dtype,
-    ]
+    return [*_command("export", configs, onnx_file, dtype), "--recipe", recipe]
 
 
 def build_command(configs: Path, onnx_file: Path, target: str, dtype: str) -> list[str]:
     """The command of a process that builds."""
-    command = [sys.executable, "-m", "proteus_deploy.benchmarks.real_size_denoiser", "build"]
-    return [
-        *command,
-        "--configs",
-        str(configs),
-        "--onnx",
-        str(onnx_file),
-        "--target",
-        target,
-        "--dtype",
-        dtype,
-    ]
+    return [*_command("build", configs, onnx_file, dtype), "--target", target]
+
+
+def _command(verb: str, configs: Path, onnx_file: Path, dtype: str) -> list[str]:
+    files = ["--configs", str(configs), "--onnx", str(onnx_file), "--dtype", dtype]
+    return [sys.executable, "-m", "proteus_deploy.benchmarks.real_size_denoiser", verb, *files]
 
 
 def export(configs: Path, onnx_file: Path, recipe_name: str, dtype: str) -> dict[str, Any]:

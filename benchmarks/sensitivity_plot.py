@@ -8,17 +8,14 @@ error; the formats that the chosen recipe takes have a frame.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from proteus_deploy._files import atomic_file
 from proteus_deploy.benchmarks.canvas import CHARACTER, Canvas
+from proteus_deploy.benchmarks.plot_command import write_plot
 
 __all__ = ["sensitivity_plot"]
 
@@ -157,14 +154,7 @@ def _described(table: Mapping[str, Mapping[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the picture. Returns 0."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("file", type=Path, metavar="TUNE.json")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.png")
-    arguments = parser.parse_args(argv)
-    document = json.loads(arguments.file.read_text(encoding="utf-8"))
-    with atomic_file(arguments.output) as partial:
-        partial.write_bytes(sensitivity_plot(document).png())
-    return 0
+    return write_plot(sensitivity_plot, __doc__, argv)
 
 
 if __name__ == "__main__":
