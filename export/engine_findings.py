@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from proteus_deploy.export.engine_attention import CANNOT, Attention, find_attention
 from proteus_deploy.export.engine_layers import QUANTISED, Layer
@@ -35,6 +36,10 @@ class Finding:
     text: str
     layers: tuple[str, ...]
     share: float
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Finding:
+        return cls(entry["code"], entry["text"], tuple(entry["layers"]), entry["share"])
 
 
 def find_reasons(precisions: Precisions, dtype: str) -> list[Finding]:

@@ -9,7 +9,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,12 @@ PRODUCTS = frozenset({"matrix_multiply", "convolution", "deconvolution", "einsum
 LAYOUT = frozenset({"shuffle", "squeeze", "unsqueeze", "identity"})  # they move numbers and change none
 CONVOLUTIONS = frozenset({"convolution", "deconvolution"})
 _ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+
+
+def as_json(record: Any) -> dict[str, Any]:
+    """The fields of a dataclass as json would read them back: tuples, as lists."""
+    fields = asdict(record).items()
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields}
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from proteus_deploy.export.engine_findings import UNASKED, UNEXPLAINED, Finding, named, worst_first
-from proteus_deploy.export.engine_layers import BITS, CONVOLUTIONS, PRODUCTS, QUANTISED
+from proteus_deploy.export.engine_layers import BITS, CONVOLUTIONS, PRODUCTS, QUANTISED, as_json
 from proteus_deploy.export.recipe import Keep, Recipe, matches
 
 AS_ASKED, EXPLAINED, HIGHER, NOT_ASKED = "as asked", "explained", "unexplained", "not asked for"
@@ -56,13 +56,13 @@ def add_recipe(
         reason = f"recipe {recipe.name!r} leaves this graph as exported"
         return {**report, "recipe": {"name": recipe.name, "counts": {}, "products": None, "reason": reason}}
     verdicts = judge(report, graph, plan, recipe)
-    earlier = [Finding(**{**entry, "layers": tuple(entry["layers"])}) for entry in report["findings"]]
+    earlier = [Finding.from_json(entry) for entry in report["findings"]]
     counts = {verdict: sum(one.verdict == verdict for one in verdicts) for verdict in VERDICTS}
-    products = [asdict(verdict) for verdict in verdicts]
+    products = [as_json(verdict) for verdict in verdicts]
     return {
         **report,
         "recipe": {"name": recipe.name, "counts": counts, "products": products},
-        "findings": [asdict(finding) for finding in worst_first([*earlier, *_findings(verdicts)])],
+        "findings": [as_json(finding) for finding in worst_first([*earlier, *_findings(verdicts)])],
     }
 
 

@@ -8,7 +8,6 @@ precision taken, what was fused, reformat layers, Q/DQ pairs left.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from proteus_deploy.errors import InputError
@@ -26,7 +25,7 @@ from proteus_deploy.export.engine_findings import (
     worst_first,
 )
 from proteus_deploy.export.engine_inspector import InspectedEngine
-from proteus_deploy.export.engine_layers import PRODUCTS, QUANTISED, LayerGraph
+from proteus_deploy.export.engine_layers import PRODUCTS, QUANTISED, LayerGraph, as_json
 from proteus_deploy.export.engine_precisions import Precisions
 
 HANDED = "as handed to the builder, not as built"
@@ -50,8 +49,8 @@ def report_network(graph: LayerGraph, dtype: str) -> dict[str, Any]:
         "precisions": _product_shares(precisions),
         "attention": [_attention(attention) for attention in find_attention(precisions)],
         "reformats": None,
-        "findings": [asdict(finding) for finding in find_reasons(precisions, dtype)],
-        "layers": [asdict(row) for row in rows],
+        "findings": [as_json(finding) for finding in find_reasons(precisions, dtype)],
+        "layers": [as_json(row) for row in rows],
     }
 
 
@@ -63,7 +62,7 @@ def add_inspection(report: Mapping[str, Any], engine: InspectedEngine) -> dict[s
     attention = [_fusion(entry, engine) for entry in report["attention"]]
     pairs = frozenset(row["name"] for row in layers if row["operator"] in ("quantize", "dequantize"))
     share = {row["name"]: row["flops"] / max(report["flops"], 1) for row in layers}
-    earlier = [Finding(**{**entry, "layers": tuple(entry["layers"])}) for entry in report["findings"]]
+    earlier = [Finding.from_json(entry) for entry in report["findings"]]
     findings = [finding for finding in earlier if finding.code not in (UNFUSED, UNFOLDED)]
     findings += _unfused(attention, share) + _left(engine, pairs) + _reformats(engine)
     findings += _slower(layers, share)
@@ -72,7 +71,7 @@ def add_inspection(report: Mapping[str, Any], engine: InspectedEngine) -> dict[s
         "source": INSPECTED,
         "attention": attention,
         "reformats": list(engine.reformats),
-        "findings": [asdict(finding) for finding in worst_first(findings)],
+        "findings": [as_json(finding) for finding in worst_first(findings)],
         "layers": layers,
     }
 
@@ -107,7 +106,7 @@ def _product_shares(precisions: Precisions) -> dict[str, float]:
 
 def _attention(attention: Attention) -> dict[str, Any]:
     """state: what the network's form allows; taken: what the engine did, None where none was inspected."""
-    return {**asdict(attention), "nodes": list(attention.nodes), "taken": None}
+    return {**as_json(attention), "taken": None}
 
 
 def _fusion(entry: Mapping[str, Any], engine: InspectedEngine) -> dict[str, Any]:

@@ -29,15 +29,15 @@ def check_reusable(
     """
     manifest = bundle.manifest
     for what, theirs, ours in (
-        ("checkpoint", manifest["checkpoint"]["hash"], checkpoint.hash),
-        ("dtype", bundle.dtype, dtype),
-        ("ranges", bundle.table, table),
-        ("versions", manifest["versions"], versions),
+        ("another checkpoint", manifest["checkpoint"]["hash"], checkpoint.hash),
+        ("another dtype", bundle.dtype, dtype),
+        ("other ranges", bundle.table, table),
+        ("other versions", manifest["versions"], versions),
     ):
         if theirs != ours:
-            shown = "" if what == "ranges" else f" ({_short(theirs)}, here {_short(ours)})"
+            shown = "" if what == "other ranges" else f" ({_short(theirs)}, here {_short(ours)})"
             raise InputError(
-                f"graphs of {bundle.folder} can't be reused: its {what} differ{shown}; leave --graphs-from "
+                f"graphs of {bundle.folder} can't be reused: it has {what}{shown}; leave --graphs-from "
                 "out, or pass a bundle of the same checkpoint, flags and versions"
             )
 

@@ -103,10 +103,11 @@ def test_quality_budget(parity_bundle: Path, tmp_path: Path, capsys: pytest.Capt
     # 100 stands for equal frames and nothing is above it; the reference against itself is equal.
     bad = _quality(tmp_path, 'metric = "psnr"\nmin = 40', 'metric = "psnr"\nmin = 101')
     assert main(["verify", str(parity_bundle), *bad, *words]) == 1
-    assert capsys.readouterr().out.splitlines()[-1].startswith("FAILED: bounds")
+    last = capsys.readouterr().out.splitlines()[-1]
     document = json.loads((tmp_path / "report.json").read_text())
     assert document["passed"]
     rows = document["quality"]["onnxruntime"]["rows"]
+    assert last == f"FAILED: psnr mean ≥ 101: {rows[1]['value']:.4g} is below 101"
     assert [row["passed"] for row in rows] == [True, False]
     text = (tmp_path / "report.md").read_text()
     assert "## Quality, onnxruntime" in text

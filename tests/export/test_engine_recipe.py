@@ -149,7 +149,7 @@ def test_a_layer_without_a_product_is_noticed() -> None:
     joined = add_recipe(report, "denoiser", plan, RECIPE)
     assert joined["recipe"]["counts"] == {AS_ASKED: 0, EXPLAINED: 0, HIGHER: 1, NOT_ASKED: 0}
     (finding,) = joined["findings"]
-    assert finding["layers"] == ("blocks.1.a",)
+    assert finding["layers"] == ["blocks.1.a"]
     assert "no product reads a weight of its name" in finding["text"]
     assert failures(joined, [GATE]) == [f"{GATE}: {finding['text']}"]
 
@@ -162,7 +162,7 @@ def test_an_attention_without_a_product_is_noticed() -> None:
     report = {"flops": 10, "layers": [row], "findings": []}
     joined = add_recipe(report, "denoiser", {"layers": {}, "attention": attention}, RECIPE)
     (finding,) = joined["findings"]
-    assert finding["layers"] == ("blocks.1.attn1",)
+    assert finding["layers"] == ["blocks.1.attn1"]
     assert "no product reads its projections" in finding["text"]
 
 
