@@ -47,6 +47,8 @@ MEASURED_GRAPHS = ("denoiser", "text_encoder", "image_tower")
 # eager-simulated: codes and back, then products in float32; only for recipes that eager has no products for.
 BACKENDS = ("onnxruntime", "openvino", "eager", "eager-simulated")
 _DENOISER = "denoiser"
+# Tables that the exporter computed, which no checkpoint holds.
+_COMPUTED = ("time_table.table", ".rope_cosines", ".rope_sines")
 
 Row = dict[str, Any]
 
@@ -320,7 +322,10 @@ def _bytes(bundle: Bundle) -> dict[str, dict[str, int]]:
 
 
 def _weight_bytes(file: Path) -> int:
-    """Of all initialisers, scales and tables among them; 4-bit codes lie two to a byte."""
+    """Of all initialisers, scales among them, without what no checkpoint holds: tables of angles.
+
+    4-bit codes lie two to a byte.
+    """
     import onnx
 
     from proteus_deploy.onnx_shapes import TensorInfo, read_model
@@ -329,4 +334,5 @@ def _weight_bytes(file: Path) -> int:
     return sum(
         TensorInfo(kinds.Name(tensor.data_type), tuple(tensor.dims)).bytes
         for tensor in read_model(file).graph.initializer
+        if not tensor.name.endswith(_COMPUTED)
     )

@@ -40,7 +40,7 @@ __all__ = [
 FORMATS = ("fp8", "fp8-tensor", "int4-weight", "int8", "int8-weight", "nvfp4-weight")
 _MIDDLE = "transformer_blocks.*"  # the rule of a ready recipe that gives it its name
 
-# Linear layers that have no quantised form which PyTorch could run.
+# Linear layers that no form with quantised activations exists for in PyTorch.
 UNMEASURED = (
     Keep("patch_embed.proj", "its weight is used without a call of the layer, so its error isn't measured"),
     Keep("perceiver_cross_attention.*.to_q", "folded with the face tokens before it meets the video's"),

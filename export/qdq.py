@@ -5,8 +5,8 @@
 
 Each part is there only where the plan has it: m is SmoothQuant's or AWQ's multiplier, f the factor of the
 timestep's group. Layers that share an input share everything up to its Dequantize. Weights get the layout
-[K, N], so that the transpose of a Linear goes; they are read, and quantised, while the file is written, one
-at a time. All nodes are ONNX's own.
+[K, N], so that the transpose of a Linear goes; weights that are folded are transposed back, for what reads
+them. Weights are read, and quantised, while the file is written, one at a time. All nodes are ONNX's own.
 
 Axes: N outputs, K inputs, B batch, G groups of timesteps.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from proteus_deploy.errors import InputError
 from proteus_deploy.export.input_scaling import InputScaling, scale_inputs
-from proteus_deploy.export.quantize import OPERANDS, GraphPlan, LayerPlan
+from proteus_deploy.export.quantize import OPERANDS, GraphPlan, LayerPlan, is_folded
 from proteus_deploy.export.weight_quantizers import (
     LARGEST_CODE,
     QuantisedWeight,
@@ -76,6 +76,9 @@ def insert_qdq(
     model.ir_version = max(model.ir_version, *(_IR_VERSION[kind] for kind in plan.formats))
     groups = _timestep_group(writer, quantisation) if _has_factors(scalings) else None
     for leader, layers in plan.groups().items():
+        if is_folded(leader):
+            _quantise_folded(writer, layers[0], read)
+            continue
         _quantise_group(writer, leader, layers, scalings[leader], read, groups)
     for attention in plan.attention:
         if attention.format is not None:
@@ -195,6 +198,17 @@ def _quantise_group(
         product.replace_input_with(1, weight)
         if scaling.factors is not None:
             _multiply_after(writer, layer.name, product, leader)
+
+
+def _quantise_folded(writer: _Writer, layer: LayerPlan, read: Callable[[str], Tensor]) -> None:
+    """A weight that stands in other products than a Linear's: all that reads it reads it dequantised."""
+    weight = writer.graph.initializers[f"{layer.name}.weight"]
+    uses = list(weight.uses())
+    assert weight.dtype is not None
+    dequantised = _quantised_weight(writer, layer, None, read, weight.dtype)
+    turned = writer.node("Transpose", [dequantised], f"{layer.name}.turned", weight, perm=[1, 0])
+    for node, index in uses:
+        node.replace_input_with(index, turned)
 
 
 def _product_of(writer: _Writer, layer: str) -> Any:

@@ -26,9 +26,13 @@ _SHARED = (
     ("wi_0", "wi_1"),
     ("w1", "w2"),
 )
-_FOLDED = ("to_q", "to_out")
 _NOT_NAMED = "no rule of the recipe names it"
 OPERANDS = ("query", "key", "value")
+
+
+def is_folded(layer: str) -> bool:
+    """Whether its weight meets the face tokens' keys or values, and no activations of the video alone."""
+    return layer.startswith("perceiver_cross_attention.") and layer.endswith((".to_q", ".to_out"))
 
 
 def coarsest(formats: Collection[str]) -> str:
@@ -136,7 +140,7 @@ def plan_graph(
     """What the recipe does to each layer (and attention) of one of its graphs, in the order of `shapes`.
 
     Raises InputError for a rule that names nothing, a block that doesn't divide a layer's inputs, and
-    layers of identity attention whose weights are folded before anything is multiplied with them.
+    8-bit activations of layers whose weights are folded before the video meets them.
     """
     rules = recipe.graphs[graph]
     names = tuple(shapes)
@@ -176,10 +180,11 @@ def plan_graph(
 
 
 def _check_layer(recipe: Recipe, graph: str, name: str, inputs: int, rule: LayerRule) -> None:
-    if name.startswith("perceiver_cross_attention.") and name.endswith(_FOLDED):
+    if is_folded(name) and rule.needs_statistics:
         raise InputError(
             f"recipe {recipe.name!r}: {graph}/{name} is folded with the face tokens before it meets the "
-            "video's, so it is no product of a weight and activations; keep it"
+            "video's, so no activations of its own can be quantised or measured; keep it, or put a rule "
+            'without "activation" and "awq" before this one'
         )
     if rule.block_size is not None and inputs % rule.block_size:
         raise InputError(

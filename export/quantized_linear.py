@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from proteus_deploy.export.weight_quantizers import QuantisedWeight
 
 __all__ = [
+    "FoldedLinear",
     "Fp8Linear",
     "Int8Linear",
     "QuantizedLinear",
@@ -155,6 +156,14 @@ class WeightOnlyLinear(QuantizedLinear):
 
     def product(self, x: Tensor) -> Tensor:
         return F.linear(x, self.dequantised())
+
+
+class FoldedLinear(WeightOnlyLinear):
+    """Identity attention's: its weight is read, to be folded, and the layer itself is never called."""
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.dequantised()
 
 
 class SimulatedLinear(QuantizedLinear):

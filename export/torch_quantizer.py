@@ -18,8 +18,16 @@ from torch import Tensor, nn
 
 from proteus_deploy.errors import BackendError, InputError
 from proteus_deploy.export.input_scaling import InputScaling, scale_inputs
-from proteus_deploy.export.quantize import OPERANDS, GraphPlan, LayerPlan, plan_module, require_statistics
+from proteus_deploy.export.quantize import (
+    OPERANDS,
+    GraphPlan,
+    LayerPlan,
+    is_folded,
+    plan_module,
+    require_statistics,
+)
 from proteus_deploy.export.quantized_linear import (
+    FoldedLinear,
     Fp8Linear,
     Int8Linear,
     QuantizedLinear,
@@ -28,7 +36,7 @@ from proteus_deploy.export.quantized_linear import (
     TimestepGroups,
     WeightOnlyLinear,
 )
-from proteus_deploy.export.recipe import LayerRule, Recipe
+from proteus_deploy.export.recipe import Recipe
 from proteus_deploy.export.weight_quantizers import quantise_weight
 from proteus_deploy.model.config import TRAIN_TIMESTEPS
 from proteus_deploy.model.networks import parameter_dtype
@@ -133,7 +141,7 @@ class TorchQuantizer:
         codes = quantise_weight(
             weight, rule.weight, rule.granularity, rule.block_size, scale_dtype=own, name=name
         )
-        return self._form(rule)(
+        return self._form(layer)(
             codes,
             scaling,
             bias=linear.bias,
@@ -142,7 +150,11 @@ class TorchQuantizer:
             groups=groups if scaling.factors is not None else None,
         )
 
-    def _form(self, rule: LayerRule) -> type[QuantizedLinear]:
+    def _form(self, layer: LayerPlan) -> type[QuantizedLinear]:
+        rule = layer.rule
+        assert rule is not None
+        if is_folded(layer.name):
+            return FoldedLinear
         if rule.activation == "none":
             return WeightOnlyLinear
         if self.simulate:

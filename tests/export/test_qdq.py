@@ -266,6 +266,18 @@ def test_quantised_weights_replace_the_others(traced: Traced, tmp_path: Path) ->
         assert (f"{name}.codes" in tensors) == (layer.rule is not None), name
 
 
+def test_folded_weights_are_read_dequantised(traced: Traced, tmp_path: Path) -> None:
+    """Nothing multiplies them with activations of their own, and each use sees the same codes."""
+    model = traced.write(Recipe.load("int8-weight"), tmp_path / "graph.onnx")
+    for name in ("to_q", "to_out"):
+        layer = f"perceiver_cross_attention.0.{name}"
+        turned = next(node for node in model.graph.node if node.name == f"{layer}.turned")
+        assert list(turned.input) == [f"{layer}.weight.dequantized"]
+        users = [node for node in model.graph.node if turned.output[0] in node.input]
+        assert users
+        assert all(node.op_type in ("Reshape", "MatMul", "Transpose") for node in users), users
+
+
 @pytest.mark.parametrize(
     ("name", "opset", "kind"),
     [("fp8", 20, "FLOAT8E4M3FN"), ("int4-weight", 21, "INT4"), ("nvfp4-weight", 23, "FLOAT4E2M1")],
@@ -350,8 +362,7 @@ def test_statistics_of_another_network(traced: Traced, tmp_path: Path) -> None:
 
 def test_weights_that_meet_no_activation(traced: Traced, tmp_path: Path) -> None:
     plan = traced.plan(Recipe.load("int8-weight"))
-    layer = next(entry for entry in plan.layers if entry.name.endswith("to_kv"))
-    broken = replace(layer, name="perceiver_cross_attention.0.to_q", rule=plan.quantised[0].rule)
+    broken = replace(plan.quantised[0], name="norm_final")
     quantisation = Quantisation(replace(plan, layers=(broken,)))
     with pytest.raises(InputError, match="does not multiply activations with"):
         write_model(

@@ -209,8 +209,11 @@ def test_rules_that_cannot_be_followed() -> None:
     four = {**RULE, "weight": "int4", "granularity": "block", "block_size": 64}
     with pytest.raises(InputError, match="to_q has 96 inputs, which blocks of 64 do not divide"):
         plan_graph(read(four), "denoiser", SHAPES)
-    with pytest.raises(InputError, match="folded with the face tokens"):
-        plan_graph(read({**RULE, "layers": "*"}, keep=[]), "denoiser", SHAPES)
+    everything = {**RULE, "layers": "*"}
+    with pytest.raises(InputError, match=r"0\.to_q is folded with the face tokens .* before this one"):
+        plan_graph(read({**everything, "activation": "int8"}, keep=[]), "denoiser", SHAPES)
+    folded = plan_graph(read(everything, keep=[]), "denoiser", SHAPES).layers[-3]
+    assert (folded.name, folded.precision) == ("perceiver_cross_attention.0.to_q", "int8")
 
 
 def test_statistics_are_asked_for() -> None:
