@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from proteus_deploy.identity.encoder import IdentityEncoder
+    from proteus_deploy.request import Photo
     from proteus_deploy.runtime.backend import Backend
 
 Report = Callable[[Any, int, int], None]
@@ -120,9 +121,13 @@ class Conditioner:
             schedules=schedules,
         )
 
+    def read_photo(self, photo: Photo, face_index: int | None) -> tuple[IdentityFeatures, Any]:
+        """Features and condition image of a photo, from the cache where they are there."""
+        return self._cached.read_photo(self.identity_encoder, photo, face_index)
+
     def _identity(self, request: GenerateRequest) -> tuple[IdentityFeatures, Any]:
         if request.photo is not None:
-            return self._cached.read_photo(self.identity_encoder, request.photo, request.face_index)
+            return self.read_photo(request.photo, request.face_index)
         if request.identity is None:
             raise InputError("a request needs photo, or both identity and condition_image")
         found = request.identity.id_cond.shape[-1], request.identity.id_vit_hidden[0].shape[-1]

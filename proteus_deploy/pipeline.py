@@ -25,7 +25,7 @@ from proteus_deploy.errors import Cancelled, ComputationError, InputError
 from proteus_deploy.guidance import guidance_scale
 from proteus_deploy.model.config import TransformerConfig
 from proteus_deploy.policies.plan_run import PlanRun
-from proteus_deploy.policies.reuse import Prediction
+from proteus_deploy.policies.reuse import Prediction, keep
 from proteus_deploy.request import GenerateRequest, request_digest, resolve_request
 from proteus_deploy.runtime import open_bundle_backend
 from proteus_deploy.runtime.backend import Backend, Quantizer, resolve_dtype, short_dtype
@@ -38,9 +38,29 @@ from proteus_deploy.vae_decode import Tiling, decode
 from proteus_deploy.video import Video
 
 if TYPE_CHECKING:
-    from proteus_deploy.identity.encoder import IdentityEncoder
+    import numpy as np
+    from numpy.typing import NDArray
 
-__all__ = ["GenerateRequest", "Pipeline", "ProgressEvent", "StepEvent"]
+    from proteus_deploy.identity.encoder import IdentityEncoder
+    from proteus_deploy.identity.features import IdentityFeatures
+    from proteus_deploy.request import Photo
+
+__all__ = ["SHARED_IN_BATCH", "GenerateRequest", "Pipeline", "ProgressEvent", "StepEvent"]
+
+# Fields in which the requests of one batch must agree.
+SHARED_IN_BATCH = (
+    "height",
+    "width",
+    "num_frames",
+    "num_inference_steps",
+    "guidance_scale",
+    "use_dynamic_cfg",
+    "dynamic_cfg",
+    "scheduler",
+    "max_sequence_length",
+    "identity_scale",
+    "plan",
+)
 
 Phase = Literal["identity", "text", "schedule", "denoise", "decode"]
 
@@ -209,6 +229,19 @@ class Pipeline:
         """Photo -> IdentityFeatures and condition image, on this pipeline's stages."""
         return self._conditioner.identity_encoder
 
+    @torch.inference_mode()
+    def encode_photo(
+        self, photo: Photo, *, face_index: int | None = None
+    ) -> tuple[IdentityFeatures, NDArray[np.uint8]]:
+        """Features and condition image, [H, W, 3] uint8, of the person in a photo.
+
+        A pipeline with a cache keeps them, so that requests with the same picture find them. Raises
+        PhotoError, InputError.
+        """
+        found = self._conditioner.read_photo(photo, face_index)
+        self._make_room_for(None)
+        return found
+
     def generate(
         self,
         request: GenerateRequest,
@@ -285,6 +318,28 @@ class Pipeline:
         videos = [self._finish(one, row, steps, watch) for one, row in zip(resolved, latents, strict=True)]
         self._make_room_for(None)
         return videos
+
+    @torch.inference_mode()
+    def preview(self, event: StepEvent, row: int = 0) -> NDArray[np.uint8]:
+        """One frame, [H, W, 3] uint8, of what video `row` of the batch is going to be, as a step sees it.
+
+        The step's velocity gives the clean latents it points to, a x - s v; the decoder's first chunk of
+        them is drawn, two latent frames. Raises InputError for an event without a prediction, and where
+        `low_memory` keeps the decoder out of memory during the loop.
+        """
+        if event.prediction is None or self._low_memory:
+            why = (
+                "the pipeline was opened with low_memory"
+                if self._low_memory
+                else "the event has no prediction"
+            )
+            raise InputError(f"a step can't be previewed: {why}")
+        step = event.prediction
+        clean = keep("clean", step.positive[row], step.latents[row], step.levels)[:2]
+        latents = clean.to(self.backend.device, self.backend.dtype).transpose(0, 1)[None]
+        frames = decode(self.backend, latents / self._vae["scaling_factor"], tiling=self.tiling)
+        picture = (frames[0, :, -1] / 2 + 0.5).clamp(0, 1) * 255
+        return picture.round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
 
     def _make_room_for(self, stage: str | None) -> None:
         """Release the networks of every other stage, where memory is short."""
@@ -375,20 +430,7 @@ def _common_settings(requests: Sequence[GenerateRequest]) -> GenerateRequest:
     """The first request, after checking that all agree in what a batch shares."""
     if not requests:
         raise InputError("no requests were given; pass at least one")
-    shared = (
-        "height",
-        "width",
-        "num_frames",
-        "num_inference_steps",
-        "guidance_scale",
-        "use_dynamic_cfg",
-        "dynamic_cfg",
-        "scheduler",
-        "max_sequence_length",
-        "identity_scale",
-        "plan",
-    )
-    for name in shared:
+    for name in SHARED_IN_BATCH:
         values = {getattr(request, name) for request in requests}
         if len(values) > 1:
             raise InputError(f"requests in one batch must agree in {name}; found {sorted(map(str, values))}")

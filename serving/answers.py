@@ -6,12 +6,14 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from proteus_deploy.errors import InputError, PhotoError
+from proteus_deploy.serving.characters import CharacterNotFound
 from proteus_deploy.serving.jobs import IdempotencyConflict, JobNotFound, NotCancellable, QueueFull
 
 __all__ = ["ApiError", "add_error_handlers", "error_body"]
@@ -84,6 +86,10 @@ def add_error_handlers(app: FastAPI) -> None:
     async def _gone(_: Request, error: JobNotFound) -> JSONResponse:
         return _answer(404, str(error), code="video_not_found")
 
+    @app.exception_handler(CharacterNotFound)
+    async def _nobody(_: Request, error: CharacterNotFound) -> JSONResponse:
+        return _answer(404, str(error), param="character", code="character_not_found")
+
     @app.exception_handler(NotCancellable)
     async def _finished(_: Request, error: NotCancellable) -> JSONResponse:
         return _answer(409, str(error), code="not_cancellable")
@@ -96,6 +102,10 @@ def add_error_handlers(app: FastAPI) -> None:
     async def _full(request: Request, error: QueueFull) -> JSONResponse:
         seconds = request.app.state.service.retry_after_s()
         return _answer(429, str(error), code="queue_full", headers={"Retry-After": str(seconds)})
+
+    @app.exception_handler(ClientDisconnect)
+    async def _gone_away(_: Request, __: Exception) -> Response:
+        return Response(status_code=499)  # nobody is there to read it
 
     @app.exception_handler(Exception)
     async def _unexpected(_: Request, error: Exception) -> JSONResponse:

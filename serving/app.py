@@ -10,15 +10,18 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 from anyio.to_thread import run_sync
-from fastapi import Depends, FastAPI, Header, Query, Request, Response
+from fastapi import FastAPI, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 
 from proteus_deploy import __version__
+from proteus_deploy.serving.access import OwnerOf, ServiceOf
 from proteus_deploy.serving.answers import ApiError, add_error_handlers
 from proteus_deploy.serving.body_limit import BodyLimit
+from proteus_deploy.serving.character_routes import add_character_routes, with_character
 from proteus_deploy.serving.create_video import CreateVideo, make_order, read_body
 from proteus_deploy.serving.jobs import Job, JobNotFound, JobState, NotCancellable
 from proteus_deploy.serving.metrics import metrics_text
+from proteus_deploy.serving.page_routes import add_page_routes
 from proteus_deploy.serving.service import Service
 from proteus_deploy.serving.video_object import video_object
 
@@ -37,30 +40,6 @@ _CREATE_BODY = {
 _IdempotencyKey = Annotated[str | None, Header(max_length=255)]
 
 
-def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
-
-
-_Service = Annotated[Service, Depends(_service)]
-
-
-def _owner(service: _Service, authorization: Annotated[str | None, Header()] = None) -> str:
-    """Whose request it is."""
-    owner = service.keys.owner(authorization)
-    if owner is None:
-        raise ApiError(
-            401,
-            "this server needs a key that it knows: Authorization: Bearer KEY",
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
-    return owner
-
-
-_Owner = Annotated[str, Depends(_owner)]
-
-
 def create_app(service: Service) -> FastAPI:
     """The app on a service, which the caller starts and closes."""
     app = FastAPI(
@@ -75,6 +54,8 @@ def create_app(service: Service) -> FastAPI:
     add_error_handlers(app)
     _add_create_routes(app)
     _add_job_routes(app)
+    add_character_routes(app)
+    add_page_routes(app)
     _add_other_routes(app)
     return app
 
@@ -84,13 +65,14 @@ async def _submit(service: Service, owner: str, request: Request, key: str | Non
         raise ApiError(
             503, "the server is stopping; try again", code="stopping", headers={"Retry-After": "10"}
         )
-    body, photo = await read_body(request)
+    body, photo = await read_body(request, CreateVideo)
     name = service.settings.model_name
     if body.model not in (None, name):
         text = f"the model {body.model!r} is not served; this server has {name!r}"
         raise ApiError(404, text, param="model", code="model_not_found")
+    whole, photo = await run_sync(with_character, service, owner, body, photo)
     pixels = service.settings.max_pixels
-    order = await run_sync(partial(make_order, body, photo, service.config, pixels, service.table))
+    order = await run_sync(partial(make_order, whole, photo, service.config, pixels, service.table))
     # A seed that was drawn must not tell a repeated request from the first.
     job, _ = await run_sync(
         partial(
@@ -102,6 +84,8 @@ async def _submit(service: Service, owner: str, request: Request, key: str | Non
             deadline_s=order.timeout_s,
             idempotency_key=key,
             asked=body.model_dump() | {"input_reference": None},
+            batch_key=order.batch_key,
+            max_waiting_cost=await run_sync(service.max_waiting_cost),
         )
     )
     service.supervisor.wake()
@@ -117,7 +101,7 @@ def _show(service: Service, owner: str, job_id: str) -> dict[str, Any]:
 def _add_create_routes(app: FastAPI) -> None:
     @app.post("/v1/videos", openapi_extra=_CREATE_BODY)
     async def create(
-        request: Request, service: _Service, owner: _Owner, idempotency_key: _IdempotencyKey = None
+        request: Request, service: ServiceOf, owner: OwnerOf, idempotency_key: _IdempotencyKey = None
     ) -> JSONResponse:
         """Put a video in the queue; it is on the disk when this answers."""
         job = await _submit(service, owner, request, idempotency_key)
@@ -125,7 +109,7 @@ def _add_create_routes(app: FastAPI) -> None:
 
     @app.post("/v1/videos/sync", openapi_extra=_CREATE_BODY, response_class=FileResponse)
     async def create_and_wait(
-        request: Request, service: _Service, owner: _Owner, idempotency_key: _IdempotencyKey = None
+        request: Request, service: ServiceOf, owner: OwnerOf, idempotency_key: _IdempotencyKey = None
     ) -> Response:
         """Make a video and answer with its mp4; who goes away cancels it."""
         job = await _submit(service, owner, request, idempotency_key)
@@ -144,8 +128,8 @@ def _add_create_routes(app: FastAPI) -> None:
 def _add_job_routes(app: FastAPI) -> None:
     @app.get("/v1/videos")
     def page(
-        service: _Service,
-        owner: _Owner,
+        service: ServiceOf,
+        owner: OwnerOf,
         after: str | None = None,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         order: Literal["asc", "desc"] = "desc",
@@ -157,23 +141,23 @@ def _add_job_routes(app: FastAPI) -> None:
         return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": more}
 
     @app.get("/v1/videos/{video_id}")
-    def get(video_id: str, service: _Service, owner: _Owner) -> dict[str, Any]:
+    def get(video_id: str, service: ServiceOf, owner: OwnerOf) -> dict[str, Any]:
         """How far a video is."""
         return _show(service, owner, video_id)
 
     @app.delete("/v1/videos/{video_id}")
-    def delete(video_id: str, service: _Service, owner: _Owner) -> dict[str, Any]:
+    def delete(video_id: str, service: ServiceOf, owner: OwnerOf) -> dict[str, Any]:
         """Remove a video; one that is being made is cancelled."""
         service.delete(video_id, owner)
         return {"id": video_id, "object": "video.deleted", "deleted": True}
 
     @app.post("/v1/videos/{video_id}/cancel")
-    def cancel(video_id: str, service: _Service, owner: _Owner) -> dict[str, Any]:
+    def cancel(video_id: str, service: ServiceOf, owner: OwnerOf) -> dict[str, Any]:
         """Stop a video that waits or is being made, within one step or tile."""
         return video_object(service, service.cancel(video_id, owner))
 
     @app.get("/v1/videos/{video_id}/content", response_class=FileResponse)
-    def content(video_id: str, service: _Service, owner: _Owner, variant: str = "video") -> Response:
+    def content(video_id: str, service: ServiceOf, owner: OwnerOf, variant: str = "video") -> Response:
         """The mp4; `Range` is honoured."""
         if variant != "video":
             text = f"variant is {variant!r}; this server has only 'video'"
@@ -181,10 +165,15 @@ def _add_job_routes(app: FastAPI) -> None:
         return _content(service, service.store.get(video_id, owner))
 
     @app.get("/v1/videos/{video_id}/events")
-    async def events(video_id: str, service: _Service, owner: _Owner) -> StreamingResponse:
-        """Server-sent events: the video object at each change, until it is finished."""
+    async def events(
+        video_id: str, service: ServiceOf, owner: OwnerOf, preview: bool = False
+    ) -> StreamingResponse:
+        """Server-sent events: the video object at each change, until it is finished.
+
+        preview: with a picture of the running step now and then, a data URL in `preview`.
+        """
         await run_sync(service.store.get, video_id, owner)  # 404 before the stream begins
-        stream = _events(service, owner, video_id)
+        stream = _events(service, owner, video_id, preview=preview)
         return StreamingResponse(
             stream,
             media_type="text/event-stream",
@@ -212,19 +201,34 @@ def _content(service: Service, job: Job) -> Response:
     )
 
 
-async def _events(service: Service, owner: str, job_id: str) -> AsyncIterator[str]:
+async def _events(service: Service, owner: str, job_id: str, *, preview: bool) -> AsyncIterator[str]:
+    if preview:
+        service.supervisor.watch(job_id)
+    try:
+        async for event in _changes(service, owner, job_id, preview=preview):
+            yield event
+    finally:
+        service.board.watch(job_id, looking=False)
+
+
+async def _changes(service: Service, owner: str, job_id: str, *, preview: bool) -> AsyncIterator[str]:
     last: dict[str, Any] | None = None
-    seen: dict[str, Any] | None = None
+    seen: tuple[Any, Any] = (None, None)
     clock: Callable[[], float] = asyncio.get_running_loop().time
     queried_s = spoke_s = float("-inf")
     while not service.stopping.is_set():
-        news = service.board.progress(job_id)
-        if news is not seen or clock() - queried_s >= _QUERY_S:
-            seen, queried_s = news, clock()
+        news = (service.board.progress(job_id), service.board.preview(job_id) if preview else None)
+        if (
+            any(new is not old for new, old in zip(news, seen, strict=True))
+            or clock() - queried_s >= _QUERY_S
+        ):
             try:
                 shown = await run_sync(_show, service, owner, job_id)
             except JobNotFound:
                 return
+            if news[1] is not None and news[1] is not seen[1]:
+                shown["preview"] = news[1]
+            seen, queried_s = news, clock()
             if shown != last:
                 last, spoke_s = shown, clock()
                 yield f"event: {shown['status']}\ndata: {json.dumps(shown)}\n\n"
@@ -242,12 +246,12 @@ def _add_other_routes(app: FastAPI) -> None:
         return {"id": name, "object": "model", "created": 0, "owned_by": "proteus-deploy"}
 
     @app.get("/v1/models")
-    def models(service: _Service, _: _Owner) -> dict[str, Any]:
+    def models(service: ServiceOf, _: OwnerOf) -> dict[str, Any]:
         """The one model that is served."""
         return {"object": "list", "data": [model(service)]}
 
     @app.get("/v1/models/{name}")
-    def one_model(name: str, service: _Service, _: _Owner) -> dict[str, Any]:
+    def one_model(name: str, service: ServiceOf, _: OwnerOf) -> dict[str, Any]:
         """The model, by its name."""
         if name != service.settings.model_name:
             raise ApiError(404, f"the model {name!r} is not served", param="model", code="model_not_found")
@@ -259,13 +263,13 @@ def _add_other_routes(app: FastAPI) -> None:
         return {"status": "ok"}
 
     @app.get("/readyz")
-    async def readyz(service: _Service) -> JSONResponse:
+    async def readyz(service: ServiceOf) -> JSONResponse:
         """A worker has its pipeline in memory and the server takes jobs."""
         ready = service.supervisor.ready if not service.stopping.is_set() else 0
         document = {"status": "ready" if ready else "not ready", "workers_ready": ready}
         return JSONResponse(document, status_code=200 if ready else 503)
 
     @app.get("/metrics")
-    def metrics(service: _Service) -> Response:
+    def metrics(service: ServiceOf) -> Response:
         """Prometheus metrics."""
         return Response(metrics_text(service), media_type="text/plain; version=0.0.4")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
@@ -20,10 +22,12 @@ if TYPE_CHECKING:
     from proteus_deploy.model.config import TransformerConfig
     from proteus_deploy.stages import StageTable
 
-__all__ = ["CreateVideo", "Order", "cost_of", "make_order", "read_body"]
+__all__ = ["CreateCharacter", "CreateVideo", "Order", "batch_key_of", "cost_of", "make_order", "read_body"]
 
 _MAX_FIELD_BYTES = 1 << 20
 _MAX_FIELDS = 64
+# Fields of the body that are no fields of a GenerateRequest, or are made into others.
+_NOT_THE_PIPELINES = {"model", "seconds", "size", "input_reference", "character", "timeout_s", "plan"}
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 _DATA_URL = re.compile(r"data:image/[a-z.+-]+;base64,", re.IGNORECASE)
 
@@ -58,6 +62,9 @@ class CreateVideo(BaseModel):
     width: int | None = None
     height: int | None = None
     num_frames: int | None = None
+    character: str | None = Field(
+        None, description="id of a registered character, in place of the photo", max_length=100
+    )
     fps: float = Field(8, allow_inf_nan=False)
     num_inference_steps: int = 50
     guidance_scale: float = Field(6.0, allow_inf_nan=False)
@@ -73,6 +80,30 @@ class CreateVideo(BaseModel):
     )
 
 
+class CreateCharacter(BaseModel):
+    """A person to register: a photo, sent as for a video, and words that go with it."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {
+                    "name": "Anna",
+                    "identity_prompt": "A person with short brown hair",
+                    "input_reference": {"image_url": "data:image/png;base64,…"},
+                }
+            ]
+        },
+    )
+
+    input_reference: Any = Field(
+        None, description='the photo: a file of the form, or {"image_url": "data:image/…;base64,…"}'
+    )
+    name: str = Field("", max_length=200)
+    identity_prompt: str = Field("", max_length=20_000)
+    face_index: int | None = Field(None, ge=0, le=1000)
+
+
 @dataclass(frozen=True)
 class Order:
     """What is put in the queue. request: the fields of a GenerateRequest, complete, as JSON."""
@@ -81,9 +112,13 @@ class Order:
     photo: bytes
     cost: float
     timeout_s: float | None
+    batch_key: str | None
 
 
-async def read_body(request: Request) -> tuple[CreateVideo, bytes | None]:
+_Body = TypeVar("_Body", CreateVideo, CreateCharacter)
+
+
+async def read_body(request: Request, model: type[_Body]) -> tuple[_Body, bytes | None]:
     """The fields and the photo's bytes. Raises ApiError or RequestValidationError."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     photo: bytes | None = None
@@ -99,12 +134,21 @@ async def read_body(request: Request) -> tuple[CreateVideo, bytes | None]:
             code="content_type",
         )
     try:
-        body = CreateVideo.model_validate(fields)
+        body = model.model_validate(fields)
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
+    _check_text(body)
     if photo is None and body.input_reference is not None:
         photo = _photo_of(body.input_reference)
     return body, photo
+
+
+def _check_text(body: BaseModel) -> None:
+    for name in ("name", "prompt", "identity_prompt", "negative_prompt"):
+        if "\0" in (getattr(body, name, None) or ""):
+            raise ApiError(
+                400, f"{name} holds a NUL character; leave it out", param=name, code="invalid_value"
+            )
 
 
 async def _read_form(request: Request) -> tuple[dict[str, Any], bytes | None]:
@@ -181,25 +225,33 @@ def make_order(
     if photo is None:
         raise ApiError(
             400,
-            "input_reference is missing; send the reference photo of the person",
+            "input_reference is missing; send the reference photo of the person, or a character's id",
             param="input_reference",
             code="missing",
         )
-    fields = body.model_dump(exclude={"model", "seconds", "size", "input_reference", "timeout_s", "plan"})
+    fields = body.model_dump(exclude=_NOT_THE_PIPELINES)
     width, height = _size_of(body)
     fields |= {"width": width, "height": height, "num_frames": _frames_of(body)}
-    for name in ("prompt", "identity_prompt", "negative_prompt"):
-        if "\0" in (fields[name] or ""):
-            raise ApiError(
-                400, f"{name} holds a NUL character; leave it out", param=name, code="invalid_value"
-            )
     plan = None if body.plan is None else plan_from_json(body.plan)
     resolved = resolve_request(GenerateRequest(**fields, photo=photo, plan=plan), config)
     if table is not None:
         check_ranges(resolved, 1, table, config.backbone)
     open_photo(photo, max_pixels=max_pixels)
     document = {name: value for name, value in resolved.to_json().items() if name != "photo"}
-    return Order(document, photo, cost_of(document), body.timeout_s)
+    alone = plan is not None and plan.step_cache is not None and plan.step_cache.needs_latents
+    key = None if alone else batch_key_of(document)
+    if body.character is not None:
+        document["character"] = body.character
+    return Order(document, photo, cost_of(document), body.timeout_s, key)
+
+
+def batch_key_of(request: Mapping[str, Any]) -> str:
+    """Equal for requests that the pipeline can make in one batch."""
+    from proteus_deploy.pipeline import SHARED_IN_BATCH
+
+    shared = {name: request[name] for name in SHARED_IN_BATCH if name != "plan"}
+    text = json.dumps({**shared, "plan": request.get("plan")}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _size_of(body: CreateVideo) -> tuple[int | None, int | None]:

@@ -60,6 +60,7 @@ NEXT_STATES: Mapping[JobState, frozenset[JobState]] = {
     JobState.CANCELLED: frozenset(),
 }
 FINISHED = tuple(state for state in JobState if state.finished)
+UNFINISHED = tuple(state.value for state in JobState if not state.finished)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class JobResult:
 class Job:
     """One accepted request, as the database has it. Times are seconds since 1970 (UTC).
 
-    owner: whom the queue is fair to. cost: of the job, in the queue's own unit.
+    owner: whom the queue is fair to. cost: of the job, in the queue's own unit. kind: "video" or "character".
+    batch_key: equal for jobs that can share a batch, None for one that has to be alone.
     attempt: how often a worker took it. crashes: how many of those attempts ended without an answer.
     progress: what the worker last said at a heartbeat; newer news travels beside the database.
     last_failure: how the last attempt that ended without an answer ended.
@@ -97,6 +99,8 @@ class Job:
     request: Mapping[str, Any]
     cost: float
     created_at: float
+    kind: str = "video"
+    batch_key: str | None = None
     attempt: int = 0
     crashes: int = 0
     worker: str | None = None
@@ -132,7 +136,7 @@ class IdempotencyConflict(ProteusError):
 
 
 class QueueFull(ProteusError):
-    """As many jobs wait as may."""
+    """As many jobs wait as may, or as much work."""
 
 
 class LostClaim(ProteusError):

@@ -31,6 +31,9 @@ class WorkerSettings:
 
     lease_s: after so many seconds without a sign of life a job is another worker's.
     poll_s: seconds between two looks at an empty queue, and at whether cancellation was asked for.
+    max_batch: videos made together. batch_wait_s: how long a batch that isn't full waits for more.
+    cache_bytes: of text and identity results kept in memory. warm_up: make one step before the first job.
+    provenance: state in each mp4 that it was generated.
     """
 
     name: str
@@ -40,6 +43,11 @@ class WorkerSettings:
     lease_s: float = 30.0
     poll_s: float = 0.5
     max_attempts: int = 3
+    max_batch: int = 1
+    batch_wait_s: float = 0.0
+    cache_bytes: int = 0
+    warm_up: bool = False
+    provenance: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""

@@ -16,6 +16,7 @@ from proteus_deploy.serving.jobs import (
     JobResult,
     JobState,
     LostClaim,
+    new_job_id,
 )
 from proteus_deploy.serving.schema import inputs, jobs, queue_clock
 
@@ -24,6 +25,7 @@ __all__ = [
     "find_row",
     "finish",
     "held_row",
+    "insert_job",
     "job_of",
     "known_job",
     "lock_queue",
@@ -37,6 +39,8 @@ _COPIED = (
     "request",
     "cost",
     "created_at",
+    "kind",
+    "batch_key",
     "attempt",
     "crashes",
     "worker",
@@ -61,9 +65,21 @@ def find_row(connection: Connection, *where: sa.ColumnElement[bool]) -> sa.Row[A
 
 def visible_row(connection: Connection, job_id: str, owner: str | None) -> sa.Row[Any]:
     """The row of a job that its owner may see. Raises JobNotFound."""
-    row = find_row(connection, jobs.c.id == job_id, ~jobs.c.deleted)
+    row = find_row(connection, jobs.c.id == job_id, jobs.c.kind == "video", ~jobs.c.deleted)
     if row is None or (owner is not None and row.owner != owner):
         raise JobNotFound(f"there is no video job {job_id!r}; it may have been deleted or outlived its time")
+    return row
+
+
+def insert_job(connection: Connection, photo: bytes | None, **values: Any) -> sa.Row[Any]:
+    """A new job that waits, with a new id; values: the other columns."""
+    values |= {"id": new_job_id(), "state": JobState.QUEUED.value}
+    key = connection.execute(sa.insert(jobs).values(values)).inserted_primary_key
+    assert key is not None
+    if photo is not None:
+        connection.execute(sa.insert(inputs).values(job_number=key[0], photo=photo))
+    row = find_row(connection, jobs.c.number == key[0])
+    assert row is not None
     return row
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-__all__ = ["inputs", "jobs", "metadata", "queue_clock"]
+__all__ = ["characters", "inputs", "jobs", "metadata", "queue_clock"]
 
 metadata = sa.MetaData()
 
@@ -17,6 +17,10 @@ jobs = sa.Table(
     sa.Column("number", _Number, primary_key=True, autoincrement=True),
     sa.Column("id", sa.Text, nullable=False, unique=True),
     sa.Column("owner", sa.Text, nullable=False),
+    # "video", or "character": a registered photo that is to be encoded.
+    sa.Column("kind", sa.Text, nullable=False, default="video"),
+    # Jobs of one key can share a batch; none where a job has to be alone.
+    sa.Column("batch_key", sa.Text),
     sa.Column("idempotency_key", sa.Text),
     sa.Column("request_hash", sa.Text, nullable=False),
     sa.Column("state", sa.Text, nullable=False),
@@ -54,6 +58,24 @@ inputs = sa.Table(
     metadata,
     sa.Column("job_number", _Number, sa.ForeignKey("jobs.number", ondelete="CASCADE"), primary_key=True),
     sa.Column("photo", sa.LargeBinary, nullable=False),
+)
+
+# People whose photo was registered once. Whether it could be encoded is in the job's row, which stays
+# as long.
+characters = sa.Table(
+    "characters",
+    metadata,
+    sa.Column("number", _Number, primary_key=True, autoincrement=True),
+    sa.Column("id", sa.Text, nullable=False, unique=True),
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("identity_prompt", sa.Text, nullable=False),
+    sa.Column("face_index", sa.Integer),
+    sa.Column("photo", sa.LargeBinary, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("job_number", _Number, sa.ForeignKey("jobs.number"), nullable=False),
+    sa.Index("characters_order", "owner", "number"),
+    sqlite_autoincrement=True,
 )
 
 # One row: how far the fair order has come.

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 
 from proteus_deploy._files import atomic_file
 from proteus_deploy.errors import InputError
+from proteus_deploy.serving.characters import CharacterStore
 from proteus_deploy.serving.database import database_url, open_database
 from proteus_deploy.serving.jobs import Job
 from proteus_deploy.serving.keys import Keys
@@ -41,6 +42,8 @@ class ServiceSettings:
 
     max_body_bytes, max_pixels: of a request and of its photo. keep_s, keep_bytes: of finished videos.
     finish_s: how long running jobs may go on when the server stops; then they are put back.
+    max_wait_s: how long a new job may have to wait, by what the waiting ones cost and the measured rate.
+    max_batch, batch_wait_s, cache_bytes, warm_up, provenance: see `WorkerSettings`.
     """
 
     pipeline: PipelineChoice
@@ -57,7 +60,23 @@ class ServiceSettings:
     keep_s: float | None = 7 * 86400.0
     keep_bytes: int | None = None
     finish_s: float = 0.0
+    max_wait_s: float | None = None
+    max_batch: int = 1
+    batch_wait_s: float = 0.0
+    cache_bytes: int = 0
+    warm_up: bool = False
+    provenance: bool = True
     keys: Keys = field(default_factory=Keys)
+
+
+@dataclass(frozen=True)
+class _Load:
+    """rate: cost that all workers do in a second. waiting, running: cost that is left. jobs: running."""
+
+    rate: float | None
+    waiting: float
+    running: float
+    jobs: int
 
 
 class Service:
@@ -67,6 +86,8 @@ class Service:
         """Raises InputError when another server uses the data folder or the model can't be read."""
         self.settings, self.keys = settings, settings.keys
         self.config, self.table = _model_of(settings.pipeline)
+        if self.table is not None and settings.max_batch > 1:
+            _check_batch(settings.max_batch, self.table)
         url = database_url(settings.database_url, settings.data_dir.absolute())
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         self._lock_file = _lock(settings.data_dir)
@@ -76,6 +97,7 @@ class Service:
             self._lock_file.close()
             raise
         self.store = JobStore(self.engine, max_queued=settings.max_queued, max_attempts=settings.max_attempts)
+        self.characters = CharacterStore(self.engine)
         self.results = ResultFolder(settings.data_dir / "results")
         self.board = Board()
         self.stopping = threading.Event()
@@ -88,6 +110,11 @@ class Service:
             lease_s=settings.lease_s,
             poll_s=settings.poll_s,
             max_attempts=settings.max_attempts,
+            max_batch=settings.max_batch,
+            batch_wait_s=settings.batch_wait_s,
+            cache_bytes=settings.cache_bytes,
+            warm_up=settings.warm_up,
+            provenance=settings.provenance,
         )
         self.supervisor = Supervisor(worker, self.store, self.board, count=settings.workers, on_end=_log_end)
         self._keeper = threading.Thread(target=self._keep_house, name="housekeeping", daemon=True)
@@ -124,12 +151,32 @@ class Service:
         if name is not None:
             self.results.remove([name])
 
+    def max_waiting_cost(self) -> float | None:
+        """Cost that may wait when a new job comes; None for any, also while no rate was measured."""
+        limit_s, load = self.settings.max_wait_s, self._load()
+        if limit_s is None or load.rate is None:
+            return None
+        return max(0.0, limit_s * load.rate - load.running)
+
     def retry_after_s(self) -> int:
-        """Seconds until a place in the queue is free: the mean time of completed jobs, by worker."""
-        done, seconds = self.board.outcomes.get("completed", 0), self.board.seconds.get("completed", 0.0)
-        if not done:
+        """Seconds until a job that was refused now would be accepted, if no other came."""
+        load = self._load()
+        if load.rate is None:
             return _UNKNOWN_RETRY_S
-        return max(1, math.ceil(seconds / done / max(1, self.supervisor.ready)))
+        # Until the next of the waiting jobs begins there is no more room than now.
+        next_s = load.running / load.rate / max(1, load.jobs)
+        limit_s = self.settings.max_wait_s
+        over_s = 0.0 if limit_s is None else (load.waiting + load.running) / load.rate - limit_s
+        return max(1, math.ceil(max(next_s, over_s)))
+
+    def _load(self) -> _Load:
+        running, rest = self.store.running(), 0.0
+        for job in running:
+            news = self.board.progress(job.id) or job.progress or {}
+            rest += job.cost * (1 - news.get("percent", 0) / 100)
+        rate, workers = self.store.rate(), max(1, self.supervisor.ready)
+        _, waiting = self.store.counts()["queued"]
+        return _Load(None if rate is None else rate * workers, waiting, rest, len(running))
 
     def _keep_house(self) -> None:
         while not self.stopping.wait(_HOUSEKEEPING_S):
@@ -151,6 +198,16 @@ def _model_of(choice: PipelineChoice) -> tuple[TransformerConfig, StageTable | N
     from proteus_deploy.checkpoint import Checkpoint
 
     return Checkpoint.open(choice.folder).transformer, None
+
+
+def _check_batch(videos: int, table: StageTable) -> None:
+    """Raises InputError where a bundle wasn't exported for as many guided videos at once."""
+    most = table.axes["B"].max // 2
+    if videos > most:
+        raise InputError(
+            f"--max-batch is {videos}, and this bundle was exported for {most} guided "
+            f"video{'s' * (most != 1)} at once; leave it out, or export again with --max-videos {videos}"
+        )
 
 
 def _lock(folder: Path) -> IO[bytes]:

@@ -1,9 +1,5 @@
-"""The queue: jobs in a database, taken by workers with a lease and an attempt number.
-
-What `submit` returned is committed. A job that is running belongs to the worker and attempt that its row
-names; every write of a worker is conditional on both, so that a worker which was believed dead can't store
-anything once another attempt has begun. A crash is noticed by its lease (or told by a supervisor) and the
-job is free again; after `max_attempts` crashes it fails with the last one's reason.
+"""The queue as clients see it: jobs are put in, looked at, cancelled, deleted. What `submit` returned is
+committed.
 
 Fair order: start-time fair queueing (Goyal, Vin and Cheng 1996). A job's turn is the larger of the queue's
 clock and the end of its owner's job before it (turn + cost); the smallest turn goes first and sets the clock.
@@ -20,27 +16,16 @@ import sqlalchemy as sa
 from proteus_deploy.serving.database import reading, writing
 from proteus_deploy.serving.jobs import (
     FINISHED,
-    Claim,
+    UNFINISHED,
     Job,
-    JobFailure,
-    JobResult,
     JobState,
     NotCancellable,
     QueueFull,
-    new_job_id,
     request_hash,
 )
-from proteus_deploy.serving.rows import (
-    change,
-    find_row,
-    finish,
-    held_row,
-    job_of,
-    known_job,
-    lock_queue,
-    visible_row,
-)
-from proteus_deploy.serving.schema import inputs, jobs, queue_clock
+from proteus_deploy.serving.rows import find_row, insert_job, job_of, known_job, lock_queue, visible_row
+from proteus_deploy.serving.schema import jobs
+from proteus_deploy.serving.work_queue import WorkQueue
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine
@@ -48,14 +33,13 @@ if TYPE_CHECKING:
 __all__ = ["JobStore"]
 
 _QUEUED, _RUNNING = JobState.QUEUED.value, JobState.RUNNING.value
-_UNFINISHED = (_QUEUED, _RUNNING)
+_LOOKED_AT = 32  # finished videos, for the rate
 
 
-class JobStore:
-    """Jobs of one database; safe to use from any number of threads, processes and machines.
+class JobStore(WorkQueue):
+    """Jobs of one database, with what workers do to them; safe to use from anywhere.
 
-    max_queued: jobs that may wait. max_attempts: crashes after which a job is given up.
-    clock: seconds since 1970; machines that share a database need clocks that agree to within a lease.
+    max_queued: jobs that may wait. The rest as of `WorkQueue`.
     """
 
     def __init__(
@@ -66,10 +50,8 @@ class JobStore:
         max_attempts: int = 3,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._engine = engine
+        super().__init__(engine, max_attempts=max_attempts, clock=clock)
         self._max_queued = max_queued
-        self._max_attempts = max_attempts
-        self._clock = clock
 
     def submit(
         self,
@@ -81,12 +63,15 @@ class JobStore:
         deadline_s: float | None = None,
         idempotency_key: str | None = None,
         asked: Mapping[str, Any] | None = None,
+        batch_key: str | None = None,
+        max_waiting_cost: float | None = None,
     ) -> tuple[Job, bool]:
         """(the job, whether it is new). On the disk when this returns.
 
         deadline_s: seconds from now. idempotency_key: of this owner; with the same request it gives the job
         that it gave before. asked: what the client wrote, by which requests are compared, where the request
-        holds more (a seed that was drawn). Raises IdempotencyConflict for another request, QueueFull.
+        holds more (a seed that was drawn). max_waiting_cost: of the jobs that wait already, None for any.
+        Raises IdempotencyConflict for another request, QueueFull.
         """
         digest, now = request_hash(request if asked is None else asked, photo), self._clock()
         with writing(self._engine) as connection:
@@ -97,36 +82,38 @@ class JobStore:
                 )
             ):
                 return known_job(known, digest, idempotency_key), False
-            waiting = connection.scalar(
-                sa.select(sa.func.count()).select_from(jobs).where(jobs.c.state == _QUEUED)
-            )
-            if (waiting or 0) >= self._max_queued:
-                raise QueueFull(f"{waiting} jobs are waiting, and {self._max_queued} may; try again later")
+            self._check_room(connection, max_waiting_cost)
             last_end = connection.scalar(
                 sa.select(jobs.c.turn + jobs.c.cost)
-                .where(jobs.c.owner == owner)
+                .where(jobs.c.owner == owner, jobs.c.kind == "video")
                 .order_by(jobs.c.number.desc())
                 .limit(1)
             )
-            values = {
-                "id": new_job_id(),
-                "owner": owner,
-                "idempotency_key": idempotency_key,
-                "request_hash": digest,
-                "state": _QUEUED,
-                "request": dict(request),
-                "cost": cost,
-                "turn": max(clock, last_end or 0.0),
-                "deadline_at": None if deadline_s is None else now + deadline_s,
-                "created_at": now,
-            }
-            number = connection.execute(sa.insert(jobs).values(values)).inserted_primary_key
-            assert number is not None
-            if photo is not None:
-                connection.execute(sa.insert(inputs).values(job_number=number[0], photo=photo))
-            row = find_row(connection, jobs.c.number == number[0])
-            assert row is not None
+            row = insert_job(
+                connection,
+                photo,
+                owner=owner,
+                idempotency_key=idempotency_key,
+                request_hash=digest,
+                request=dict(request),
+                cost=cost,
+                turn=max(clock, last_end or 0.0),
+                deadline_at=None if deadline_s is None else now + deadline_s,
+                created_at=now,
+                batch_key=batch_key,
+            )
             return job_of(row), True
+
+    def _check_room(self, connection: Connection, max_waiting_cost: float | None) -> None:
+        query = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(jobs.c.cost), 0.0))
+        waiting, cost = connection.execute(query.where(jobs.c.state == _QUEUED)).one()
+        if waiting >= self._max_queued:
+            raise QueueFull(f"{waiting} jobs are waiting, and {self._max_queued} may; try again later")
+        if max_waiting_cost is not None and waiting and cost > max_waiting_cost:
+            raise QueueFull(
+                f"{waiting} jobs are waiting, and what they cost would keep this one waiting for longer than "
+                "this server lets jobs wait; try again later"
+            )
 
     def get(self, job_id: str, owner: str | None = None) -> Job:
         """The job, of `owner` where one is given. Raises JobNotFound."""
@@ -142,7 +129,7 @@ class JobStore:
         order: Literal["asc", "desc"] = "desc",
     ) -> tuple[list[Job], bool]:
         """(jobs in order of arrival, whether more follow). Raises JobNotFound for a cursor that is gone."""
-        query = sa.select(jobs).where(~jobs.c.deleted)
+        query = sa.select(jobs).where(~jobs.c.deleted, jobs.c.kind == "video")
         if owner is not None:
             query = query.where(jobs.c.owner == owner)
         number = jobs.c.number
@@ -173,120 +160,20 @@ class JobStore:
             found = {state: (count, float(cost)) for state, count, cost in connection.execute(query)}
         return {state.value: found.get(state.value, (0, 0.0)) for state in JobState}
 
-    def photo(self, claim: Claim) -> bytes | None:
-        """The photo of a claimed job."""
-        query = sa.select(inputs.c.photo).where(inputs.c.job_number == claim.job.number)
+    def running(self) -> list[Job]:
+        """The jobs that a worker has now."""
+        query = sa.select(jobs).where(jobs.c.state == _RUNNING)
         with reading(self._engine) as connection:
-            found = connection.scalar(query)
-        return None if found is None else bytes(found)
+            return [job_of(row) for row in connection.execute(query).all()]
 
-    def claim(self, worker: str, *, lease_s: float) -> Claim | None:
-        """The next job in the fair order, now this worker's for `lease_s` seconds; None when none waits."""
-        now = self._clock()
-        with writing(self._engine) as connection:
-            clock = lock_queue(connection)
-            self._settle(connection, now)
-            free = sa.or_(jobs.c.state == _QUEUED, sa.and_(jobs.c.state == _RUNNING, jobs.c.worker.is_(None)))
-            query = sa.select(jobs.c.number, jobs.c.turn, jobs.c.started_at).where(free)
-            row = connection.execute(query.order_by(jobs.c.turn, jobs.c.number).limit(1)).first()
-            if row is None:
-                return None
-            connection.execute(
-                sa.update(jobs)
-                .where(jobs.c.number == row.number)
-                .values(
-                    state=_RUNNING,
-                    attempt=jobs.c.attempt + 1,
-                    worker=worker,
-                    lease_until=now + lease_s,
-                    started_at=now if row.started_at is None else row.started_at,
-                    progress=sa.null(),
-                )
-            )
-            connection.execute(sa.update(queue_clock).values(turn=max(clock, row.turn)))
-            taken = find_row(connection, jobs.c.number == row.number)
-            assert taken is not None
-            return Claim(job_of(taken), worker, taken.attempt)
-
-    def renew(self, claim: Claim, *, lease_s: float, progress: Mapping[str, Any] | None = None) -> bool:
-        """Keep the job for `lease_s` more seconds; True when its cancellation was asked for.
-
-        Raises LostClaim when the job is no longer the worker's: it must stop.
-        """
-        with writing(self._engine) as connection:
-            change(
-                connection,
-                claim,
-                lease_until=self._clock() + lease_s,
-                progress=sa.null() if progress is None else dict(progress),
-            )
-            return bool(
-                connection.scalar(sa.select(jobs.c.cancel_requested).where(jobs.c.number == claim.job.number))
-            )
-
-    def complete(self, claim: Claim, result: JobResult) -> JobState:
-        """Publish the result; the job's state now: completed, or cancelled where that was asked for.
-
-        Raises LostClaim when another attempt has begun or the job is finished; the caller removes the file.
-        """
-        with writing(self._engine) as connection:
-            asked = held_row(connection, claim).cancel_requested
-            if asked:
-                finish(connection, claim, JobState.CANCELLED, self._clock())
-                return JobState.CANCELLED
-            finish(
-                connection,
-                claim,
-                JobState.COMPLETED,
-                self._clock(),
-                result_name=result.name,
-                result_bytes=result.bytes,
-                result_sha256=result.sha256,
-                result_facts=dict(result.facts),
-            )
-            return JobState.COMPLETED
-
-    def fail(self, claim: Claim, failure: JobFailure) -> None:
-        """The job ended with an error that trying again won't mend. Raises LostClaim."""
-        with writing(self._engine) as connection:
-            finish(
-                connection,
-                claim,
-                JobState.FAILED,
-                self._clock(),
-                failure_code=failure.code,
-                failure_message=failure.message,
-            )
-
-    def stopped(self, claim: Claim) -> None:
-        """The work stopped because cancellation was asked for. Raises LostClaim."""
-        with writing(self._engine) as connection:
-            finish(connection, claim, JobState.CANCELLED, self._clock())
-
-    def give_back(self, claim: Claim) -> None:
-        """Put the job back, to be started again from the beginning; no crash is counted. Raises LostClaim."""
-        with writing(self._engine) as connection:
-            change(connection, claim, worker=None, lease_until=None, progress=sa.null())
-
-    def worker_died(self, worker: str, reason: str) -> None:
-        """Free, or give up, what the worker had: it is known to be gone, so its lease need not be waited for.
-
-        worker: a name, or the beginning of several names with `*` behind it.
-        """
-        if worker.endswith("*"):
-            his = jobs.c.worker.startswith(worker[:-1], autoescape=True)
-        else:
-            his = jobs.c.worker == worker
-        with writing(self._engine) as connection:
-            lock_queue(connection)
-            self._crashed(connection, his, reason)
-            self._settle(connection, self._clock())
-
-    def settle(self) -> None:
-        """End what time has ended: leases, deadlines of waiting jobs."""
-        with writing(self._engine) as connection:
-            lock_queue(connection)
-            self._settle(connection, self._clock())
+    def rate(self) -> float | None:
+        """Cost that one worker gets done in a second, from the last videos; None before the first."""
+        query = sa.select(jobs.c.cost, jobs.c.result_facts).where(jobs.c.result_name.is_not(None))
+        with reading(self._engine) as connection:
+            rows = connection.execute(query.order_by(jobs.c.finished_at.desc()).limit(_LOOKED_AT)).all()
+        # Jobs of one batch took their seconds together.
+        seconds = [row.result_facts.get("seconds", 0.0) / row.result_facts.get("batch", 1) for row in rows]
+        return sum(row.cost for row in rows) / sum(seconds) if sum(seconds) > 0 else None
 
     def cancel(self, job_id: str, owner: str | None = None) -> Job:
         """Ask for cancellation: a job that waits is cancelled at once, a running one by its worker.
@@ -296,7 +183,7 @@ class JobStore:
         with writing(self._engine) as connection:
             lock_queue(connection)
             row = visible_row(connection, job_id, owner)
-            if row.state not in _UNFINISHED:
+            if row.state not in UNFINISHED:
                 raise NotCancellable(
                     f"the job {job_id} is {row.state}; only a queued or running one can be cancelled"
                 )
@@ -310,9 +197,9 @@ class JobStore:
         with writing(self._engine) as connection:
             lock_queue(connection)
             row = visible_row(connection, job_id, owner)
-            if row.state in _UNFINISHED:
+            if row.state in UNFINISHED:
                 row = self._cancel(connection, row)
-            if row.state in _UNFINISHED:
+            if row.state in UNFINISHED:
                 connection.execute(sa.update(jobs).where(jobs.c.number == row.number).values(deleted=True))
                 return None
             connection.execute(sa.delete(jobs).where(jobs.c.number == row.number))
@@ -326,7 +213,9 @@ class JobStore:
         """
         finished = jobs.c.state.in_([state.value for state in FINISHED])
         columns = (jobs.c.number, jobs.c.finished_at, jobs.c.deleted, jobs.c.result_bytes, jobs.c.result_name)
-        query = sa.select(*columns).where(finished).order_by(jobs.c.finished_at.desc(), jobs.c.number.desc())
+        # A character's job stays as long as the character: it says whether the photo could be encoded.
+        mine = sa.and_(finished, sa.or_(jobs.c.kind == "video", jobs.c.deleted))
+        query = sa.select(*columns).where(mine).order_by(jobs.c.finished_at.desc(), jobs.c.number.desc())
         oldest = None if max_age_s is None else self._clock() - max_age_s
         kept_bytes, gone = 0, []
         with writing(self._engine) as connection:
@@ -355,46 +244,3 @@ class JobStore:
         found = find_row(connection, this)
         assert found is not None
         return found
-
-    def _settle(self, connection: Connection, now: float) -> None:
-        """Called with the queue locked."""
-        self._crashed(connection, jobs.c.lease_until < now, "the worker stopped renewing its lease")
-        free = sa.and_(jobs.c.state.in_(_UNFINISHED), jobs.c.worker.is_(None))
-        self._end(connection, sa.and_(free, jobs.c.cancel_requested), JobState.CANCELLED)
-        self._end(
-            connection,
-            sa.and_(free, jobs.c.deadline_at < now),
-            JobState.FAILED,
-            failure_code="deadline_exceeded",
-            failure_message="the deadline passed before the job was finished",
-        )
-        self._end(
-            connection,
-            sa.and_(free, jobs.c.crashes >= self._max_attempts),
-            JobState.FAILED,
-            failure_code="worker_crashed",
-            failure_message=f"given up after {self._max_attempts} attempts, the last of which ended so: "
-            + sa.func.coalesce(jobs.c.last_failure, "unknown"),
-        )
-
-    def _crashed(self, connection: Connection, which: sa.ColumnElement[bool], reason: str) -> None:
-        connection.execute(
-            sa.update(jobs)
-            .where(jobs.c.state == _RUNNING, jobs.c.worker.is_not(None), which)
-            .values(
-                worker=None,
-                lease_until=None,
-                crashes=jobs.c.crashes + 1,
-                last_failure=reason,
-                progress=sa.null(),
-            )
-        )
-
-    def _end(
-        self, connection: Connection, which: sa.ColumnElement[bool], state: JobState, **values: Any
-    ) -> None:
-        numbers = connection.scalars(sa.select(jobs.c.number).where(which)).all()
-        if numbers:
-            ended = {"state": state.value, "finished_at": self._clock(), **values}
-            connection.execute(sa.update(jobs).where(jobs.c.number.in_(numbers)).values(ended))
-            connection.execute(sa.delete(inputs).where(inputs.c.job_number.in_(numbers)))

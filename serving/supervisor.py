@@ -35,6 +35,8 @@ class Board:
 
     def __init__(self) -> None:
         self._news: dict[str, dict[str, Any]] = {}
+        self._previews: dict[str, str] = {}
+        self._watched: set[str] = set()
         self._lock = threading.Lock()
         self.outcomes: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
@@ -49,8 +51,29 @@ class Board:
         with self._lock:
             if news is None:
                 self._news.pop(job_id, None)
+                self._previews.pop(job_id, None)
             else:
                 self._news[job_id] = news
+
+    def preview(self, job_id: str) -> str | None:
+        """The latest picture of a running job, as a data URL, where somebody looks on."""
+        with self._lock:
+            return self._previews.get(job_id)
+
+    def post_preview(self, job_id: str, picture: str) -> None:
+        """Replace a job's picture."""
+        with self._lock:
+            self._previews[job_id] = picture
+
+    def watch(self, job_id: str, *, looking: bool) -> None:
+        """Whether somebody looks on: remembered for a worker that begins the job later."""
+        with self._lock:
+            (self._watched.add if looking else self._watched.discard)(job_id)
+
+    def watched(self, job_id: str) -> bool:
+        """Whether somebody looks on."""
+        with self._lock:
+            return job_id in self._watched
 
     def ended(self, job_id: str, state: str, seconds: float) -> None:
         """Count an attempt's end."""
@@ -75,7 +98,7 @@ class Supervisor:
         count: int = 1,
         on_end: Callable[[str, str, float], None] | None = None,
     ) -> None:
-        self.name = settings.name
+        self.name, self._board = settings.name, board
         self._keepers = [_Keeper(settings, store, board, number, on_end) for number in range(count)]
 
     def start(self) -> None:
@@ -118,6 +141,12 @@ class Supervisor:
         """Tell whoever runs the job to stop; the database knows it already."""
         for keeper in self._keepers:
             keeper.send(cancel=job_id)
+
+    def watch(self, job_id: str) -> None:
+        """Have whoever runs the job, now or later, send pictures of it."""
+        self._board.watch(job_id, looking=True)
+        for keeper in self._keepers:
+            keeper.send(watch=job_id)
 
     def stop(self, *, finish_s: float = 0.0) -> None:
         """Let running jobs go on for `finish_s` seconds, have the rest put back, and wait for the workers."""
@@ -234,8 +263,12 @@ class _Keeper:
             self.settled.set()
         elif "progress" in message:
             self._board.post(message["job"], message["progress"])
+        elif "preview" in message:
+            self._board.post_preview(message["job"], message["preview"])
         elif message.get("started"):
             self._running = message["started"]
+            if self._board.watched(message["started"]):
+                self.send(watch=message["started"])
         elif message.get("ended"):
             self._finished_some, self._running = True, None
             self._board.ended(message["ended"], message["state"], message["seconds"])

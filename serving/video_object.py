@@ -12,7 +12,17 @@ if TYPE_CHECKING:
 __all__ = ["video_object"]
 
 _STATUS = {JobState.RUNNING: "in_progress"}
-_SHOWN = ("prompt", "identity_prompt", "width", "height", "num_frames", "fps", "num_inference_steps", "seed")
+_SHOWN = (
+    "prompt",
+    "identity_prompt",
+    "width",
+    "height",
+    "num_frames",
+    "fps",
+    "num_inference_steps",
+    "guidance_scale",
+    "seed",
+)
 
 
 def video_object(service: Service, job: Job, *, position: int | None = None) -> dict[str, Any]:
@@ -41,6 +51,7 @@ def video_object(service: Service, job: Job, *, position: int | None = None) -> 
         "attempt": job.attempt,
     }
     document |= {name: request[name] for name in _SHOWN}
+    document |= {"plan": request.get("plan"), "character": request.get("character")}
     if news is not None:
         document["stage"] = {name: news[name] for name in ("stage", "done", "total", "eta_s")}
     if position is not None:

@@ -1,4 +1,4 @@
-"""A worker: one process with a pipeline in memory that takes jobs from the queue, one after the other.
+"""A worker: one process with a pipeline in memory that takes jobs from the queue, one or one batch at a time.
 
 Started by the supervisor as `python -m proteus_deploy.serving.worker FD`, where FD is its end of a socket.
 It is a process of its own so that a native crash or a killed process takes neither queue nor server along.
@@ -13,32 +13,39 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from proteus_deploy.errors import Cancelled, InputError, ProteusError
+from proteus_deploy.provenance import mark_generated
 from proteus_deploy.serving.database import database_url, open_database
 from proteus_deploy.serving.jobs import Claim, JobFailure, JobState, LostClaim
 from proteus_deploy.serving.messages import Channel, PipelineChoice, WorkerSettings
+from proteus_deploy.serving.previews import Previews
 from proteus_deploy.serving.progress import JobProgress, StageTimes
 from proteus_deploy.serving.results import ResultFolder
-from proteus_deploy.serving.store import JobStore
+from proteus_deploy.serving.work_queue import WorkQueue
 
 if TYPE_CHECKING:
-    from proteus_deploy.pipeline import Pipeline
+    from proteus_deploy.pipeline import Pipeline, StepEvent
+    from proteus_deploy.video import Video
 
-__all__ = ["Worker", "open_pipeline"]
+__all__ = ["Worker", "open_pipeline", "warm_up"]
 
 _log = logging.getLogger(__name__)
 
 
-def open_pipeline(choice: PipelineChoice) -> Pipeline:
+def open_pipeline(choice: PipelineChoice, cache_bytes: int = 0) -> Pipeline:
     """The pipeline of a bundle or checkpoint. Raises InputError's kinds for what can't run here."""
     from proteus_deploy.pipeline import Pipeline
+    from proteus_deploy.stage_cache import StageCache
 
+    cache = StageCache(cache_bytes) if cache_bytes else None
     if choice.kind == "bundle":
         return Pipeline.from_bundle(
             choice.folder,
@@ -46,6 +53,7 @@ def open_pipeline(choice: PipelineChoice) -> Pipeline:
             device=choice.device,
             vae_tiling=choice.vae_tiling,
             low_memory=choice.low_memory,
+            cache=cache,
         )
     return Pipeline.from_checkpoint(
         choice.folder,
@@ -54,19 +62,43 @@ def open_pipeline(choice: PipelineChoice) -> Pipeline:
         compiled=choice.backend == "compiled",
         vae_tiling=choice.vae_tiling,
         low_memory=choice.low_memory,
+        cache=cache,
     )
 
 
-class _Stop:
-    """Why the work at hand has to stop; the first reason counts."""
+def warm_up(pipeline: Pipeline) -> None:
+    """One step and its decoding, at the tuned size, from made-up identity features.
 
-    def __init__(self) -> None:
-        self.event = threading.Event()
-        self.reason: str | None = None
+    Raises what `Pipeline.generate` raises: a model that can't make a video says so before the first job.
+    """
+    from proteus_deploy.export.reference import reference_request
 
-    def set(self, reason: str) -> None:
-        self.reason = self.reason or reason
-        self.event.set()
+    request, noise = reference_request(pipeline.backend.table, pipeline)
+    pipeline.generate(replace(request, num_inference_steps=1), initial_latents=noise)
+
+
+class _Work:
+    """The jobs at hand. The pipeline is stopped when none of them is wanted any more."""
+
+    def __init__(self, claims: Sequence[Claim]) -> None:
+        self.claims = tuple(claims)
+        self.stop, self.done = threading.Event(), threading.Event()
+        self.previews: Previews | None = None
+        self._reasons: dict[str, str] = {}
+
+    def drop(self, claim: Claim, reason: str) -> None:
+        """Why a job isn't wanted; the first reason counts."""
+        self._reasons.setdefault(claim.job.id, reason)
+        if len(self._reasons) == len(self.claims):
+            self.stop.set()
+
+    def drop_all(self, reason: str) -> None:
+        for claim in self.claims:
+            self.drop(claim, reason)
+
+    def reason(self, claim: Claim) -> str | None:
+        """Why the job isn't wanted; None while it is."""
+        return self._reasons.get(claim.job.id)
 
 
 class Worker:
@@ -76,132 +108,196 @@ class Worker:
         self._settings, self._pipeline, self._channel = settings, pipeline, channel
         folder = Path(settings.data_dir)
         self._engine = open_database(database_url(settings.database_url, folder))
-        self._store = JobStore(self._engine, max_attempts=settings.max_attempts)
+        self._queue = WorkQueue(self._engine, max_attempts=settings.max_attempts)
         self._results = ResultFolder(folder / "results")
         self._times = StageTimes()
         self._wake = threading.Event()  # something may have changed: look
         self._stopping = False
-        self._current: tuple[Claim, _Stop] | None = None
+        self._current: _Work | None = None
 
     def listen(self, messages: Iterator[dict[str, Any]]) -> None:
         """Hear the supervisor until it is gone; run in a thread of its own."""
         for message in messages:
-            current = self._current
-            if message.get("cancel") and current is not None and current[0].job.id == message["cancel"]:
-                current[1].set("cancelled")
+            work = self._current
+            for row, claim in enumerate(work.claims if work is not None else ()):
+                assert work is not None
+                if message.get("cancel") == claim.job.id:
+                    work.drop(claim, "cancelled")
+                if message.get("watch") == claim.job.id and work.previews is not None:
+                    work.previews.watch(row)
             if message.get("stop"):
                 self.stop(at_once=message["stop"] == "now")
             self._wake.set()
         self.stop(at_once=True)
 
     def stop(self, *, at_once: bool) -> None:
-        """Take no more jobs; at_once: also put the job at hand back."""
+        """Take no more jobs; at_once: also put the jobs at hand back."""
         self._stopping = True
-        current = self._current
-        if at_once and current is not None:
-            current[1].set("server stopped")
+        work = self._current
+        if at_once and work is not None:
+            work.drop_all("server stopped")
         self._wake.set()
 
     def run(self) -> None:
         """Take jobs until told to stop."""
         while not self._stopping:
             self._wake.clear()
-            claim = self._store.claim(self._settings.name, lease_s=self._settings.lease_s)
-            if claim is None:
+            claims = self._take()
+            if not claims:
                 self._wake.wait(self._settings.poll_s)
                 continue
             started_s = time.monotonic()
-            state = self._do(claim)
-            self._channel.send(ended=claim.job.id, state=state, seconds=time.monotonic() - started_s)
+            states = self._do(claims)
+            seconds = (time.monotonic() - started_s) / len(claims)
+            for claim, state in zip(claims, states, strict=True):
+                self._channel.send(ended=claim.job.id, state=state, seconds=seconds, batch=len(claims))
         self._engine.dispose()
 
-    def _do(self, claim: Claim) -> str:
-        stop, done = _Stop(), threading.Event()
-        self._current = (claim, stop)
+    def _take(self) -> list[Claim]:
+        """The next job, with those that can share its batch; a batch that isn't full waits for more."""
+        settings = self._settings
+        claims = self._queue.claim_batch(settings.name, lease_s=settings.lease_s, limit=settings.max_batch)
+        missing = settings.max_batch - len(claims)
+        if claims and missing and settings.batch_wait_s and claims[0].job.batch_key is not None:
+            time.sleep(settings.batch_wait_s)
+            claims += self._queue.claim_batch(
+                settings.name, lease_s=settings.lease_s, limit=missing, like=claims[0].job.batch_key
+            )
+        return claims
+
+    def _do(self, claims: Sequence[Claim]) -> list[str]:
+        """How each job ended. Those of a batch that failed are put back, to be done alone."""
+        work = _Work(claims)
+        if claims[0].job.kind == "video" and not self._settings.pipeline.low_memory:
+            work.previews = Previews(self._pipeline.preview, partial(self._send_preview, work))
+        self._current = work
         if self._stopping:  # told between claim and this line
-            stop.set("server stopped")
-        self._channel.send(started=claim.job.id, attempt=claim.attempt, worker=self._settings.name)
-        progress = JobProgress(
-            lambda news: self._tell(claim, news),
-            self._times,
-            tuple(claim.job.request.get(name) for name in ("height", "width", "num_frames")),
-        )
-        heart = threading.Thread(target=self._beat, args=(claim, stop, done, progress), daemon=True)
+            work.drop_all("server stopped")
+        for claim in claims:
+            self._channel.send(started=claim.job.id, attempt=claim.attempt, worker=self._settings.name)
+        size = tuple(claims[0].job.request.get(name) for name in ("height", "width", "num_frames"))
+        progress = JobProgress(lambda news: self._tell(work, news), self._times, size)
+        heart = threading.Thread(target=self._beat, args=(work, progress), daemon=True)
         heart.start()
         try:
-            return self._make(claim, stop, progress)
+            if claims[0].job.kind == "character":
+                return [self._encode(claims[0])]
+            return self._make(work, progress)
         except Cancelled:
-            return self._stopped(claim, stop)
+            return [self._stopped(claim, work) for claim in claims]
         except LostClaim:
-            return "lost"
-        except InputError as error:
-            return self._failed(claim, "invalid_request", error)
+            return ["lost"]
         except ProteusError as error:
-            return self._failed(claim, "computation_error", error)
+            if len(claims) == 1:
+                code = "invalid_request" if isinstance(error, InputError) else "computation_error"
+                return [self._failed(claims[0], code, error)]
         finally:
-            done.set()
+            work.done.set()
             heart.join()
             self._current = None
+        for claim in claims:
+            work.drop(claim, "to be alone")
+        return [self._stopped(claim, work) for claim in claims]
 
-    def _make(self, claim: Claim, stop: _Stop, progress: JobProgress) -> str:
+    def _encode(self, claim: Claim) -> str:
+        """A character's photo: refused here, or in the cache from now on."""
+        photo = self._queue.photo(claim)
+        assert photo is not None
+        self._pipeline.encode_photo(photo, face_index=claim.job.request["face_index"])
+        return self._queue.complete(claim).value
+
+    def _make(self, work: _Work, progress: JobProgress) -> list[str]:
         from proteus_deploy.request import GenerateRequest
 
-        request = GenerateRequest(**request_fields(claim.job.request), photo=self._store.photo(claim))
+        requests = [
+            GenerateRequest(**request_fields(claim.job.request), photo=self._queue.photo(claim))
+            for claim in work.claims
+        ]
         started_s = time.monotonic()
-        video = self._pipeline.generate(
-            request, on_step=progress.on_step, on_progress=progress.on_progress, cancel=stop.event
+        videos = self._pipeline.generate_batch(
+            requests,
+            on_step=partial(self._on_step, work, progress),
+            on_progress=progress.on_progress,
+            cancel=work.stop,
         )
+        seconds = round(time.monotonic() - started_s, 4)
+        facts: dict[str, object] = {"seconds": seconds, "batch": len(videos)}
+        facts |= {"stage_seconds": progress.seconds}
+        return [
+            self._stopped(claim, work) if work.reason(claim) else self._publish(claim, video, facts)
+            for claim, video in zip(work.claims, videos, strict=True)
+        ]
+
+    def _on_step(self, work: _Work, progress: JobProgress, event: StepEvent) -> None:
+        progress.on_step(event)
+        if work.previews is not None:
+            work.previews.on_step(event)
+
+    def _send_preview(self, work: _Work, row: int, picture: str) -> None:
+        self._channel.send(job=work.claims[row].job.id, preview=picture)
+
+    def _publish(self, claim: Claim, video: Video, facts: Mapping[str, object]) -> str:
         _, frames, _, height, width = video.frames.shape
-        facts: dict[str, object] = {"frames": frames, "height": height, "width": width, "fps": video.fps}
-        facts |= {"seed": video.metadata.get("seed"), "backend": video.metadata.get("backend")}
-        facts |= {"seconds": round(time.monotonic() - started_s, 4), "stage_seconds": progress.seconds}
-        if stop.event.is_set():
-            raise Cancelled("asked for while the last tile was decoded")
-        result = self._results.write(claim, video.save, facts)
+        own: dict[str, object] = {"frames": frames, "height": height, "width": width, "fps": video.fps}
+        own |= {"seed": video.metadata.get("seed"), "backend": video.metadata.get("backend"), **facts}
+        result = self._results.write(claim, partial(self._save, video), own)
         try:
-            state = self._store.complete(claim, result)
+            state = self._queue.complete(claim, result)
         except LostClaim:
             self._results.remove([result.name])
-            raise
+            return "lost"
         if state is not JobState.COMPLETED:
             self._results.remove([result.name])
         return state.value
 
-    def _tell(self, claim: Claim, news: dict[str, Any]) -> None:
-        self._channel.send(job=claim.job.id, attempt=claim.attempt, progress=news)
+    def _save(self, video: Video, path: Path) -> None:
+        video.save(path)
+        if self._settings.provenance:
+            mark_generated(path)
 
-    def _beat(self, claim: Claim, stop: _Stop, done: threading.Event, progress: JobProgress) -> None:
-        """Renew the lease, and see whether the job has to stop."""
+    def _tell(self, work: _Work, news: dict[str, Any]) -> None:
+        for claim in work.claims:
+            if work.reason(claim) is None:
+                self._channel.send(job=claim.job.id, attempt=claim.attempt, progress=news)
+
+    def _beat(self, work: _Work, progress: JobProgress) -> None:
+        """Renew the leases, and see which jobs have to stop."""
         settings = self._settings
         renew_s = min(settings.lease_s / 3, 5.0)
         last_s = time.monotonic()
-        while not done.wait(min(settings.poll_s, renew_s)):
-            if claim.job.deadline_at is not None and time.time() > claim.job.deadline_at:
-                stop.set("deadline")
+        while not work.done.wait(min(settings.poll_s, renew_s)):
+            for claim in work.claims:
+                if claim.job.deadline_at is not None and time.time() > claim.job.deadline_at:
+                    work.drop(claim, "deadline")
             if time.monotonic() - last_s < renew_s:
                 continue
             last_s = time.monotonic()
-            try:
-                if self._store.renew(claim, lease_s=settings.lease_s, progress=progress.latest or None):
-                    stop.set("cancelled")
-            except LostClaim:
-                stop.set("lost")
-                return
-            except sa.exc.OperationalError as error:
-                # The lease may still hold when the database is back; if not, the next renewal says so.
-                _log.warning("the lease of job %s is not renewed: %s", claim.job.id, error.orig)
+            for claim in work.claims:
+                if work.reason(claim) != "lost":
+                    self._renew(work, claim, progress)
 
-    def _stopped(self, claim: Claim, stop: _Stop) -> str:
+    def _renew(self, work: _Work, claim: Claim, progress: JobProgress) -> None:
         try:
-            if stop.reason == "cancelled":
-                self._store.stopped(claim)
+            if self._queue.renew(claim, lease_s=self._settings.lease_s, progress=progress.latest or None):
+                work.drop(claim, "cancelled")
+        except LostClaim:
+            work.drop(claim, "lost")
+        except sa.exc.OperationalError as error:
+            # The lease may still hold when the database is back; if not, the next renewal says so.
+            _log.warning("the lease of job %s is not renewed: %s", claim.job.id, error.orig)
+
+    def _stopped(self, claim: Claim, work: _Work) -> str:
+        reason = work.reason(claim)
+        try:
+            if reason == "cancelled":
+                self._queue.stopped(claim)
                 return JobState.CANCELLED.value
-            if stop.reason == "deadline":
+            if reason == "deadline":
                 text = "the deadline passed before the video was finished"
-                self._store.fail(claim, JobFailure("deadline_exceeded", text))
+                self._queue.fail(claim, JobFailure("deadline_exceeded", text))
                 return JobState.FAILED.value
-            if stop.reason == "server stopped":
-                self._store.give_back(claim)
+            if reason in ("server stopped", "to be alone"):
+                self._queue.give_back(claim, alone=reason == "to be alone")
                 return "given back"
         except LostClaim:
             return "lost"
@@ -209,7 +305,7 @@ class Worker:
 
     def _failed(self, claim: Claim, code: str, error: ProteusError) -> str:
         try:
-            self._store.fail(claim, JobFailure(code, str(error)))
+            self._queue.fail(claim, JobFailure(code, str(error)))
         except LostClaim:
             return "lost"
         return JobState.FAILED.value
@@ -219,7 +315,7 @@ def request_fields(document: Any) -> dict[str, Any]:
     """The fields of a GenerateRequest from a job's JSON."""
     from proteus_deploy.policies.plan import plan_from_json
 
-    fields = dict(document)
+    fields = {name: value for name, value in document.items() if name != "character"}
     if fields.get("plan") is not None:
         fields["plan"] = plan_from_json(fields["plan"])
     return fields
@@ -235,12 +331,14 @@ def main(descriptor: int) -> int:
         return 1
     settings = WorkerSettings.from_json(first)
     try:
-        with open_pipeline(settings.pipeline) as pipeline:
+        with open_pipeline(settings.pipeline, settings.cache_bytes) as pipeline:
+            if settings.warm_up:
+                warm_up(pipeline)
             worker = Worker(settings, pipeline, channel)
             threading.Thread(target=worker.listen, args=(messages,), daemon=True).start()
             channel.send(ready=settings.name, backend=pipeline.backend.name)
             worker.run()
-    except InputError as error:
+    except ProteusError as error:
         channel.send(refused=str(error))
         return error.exit_code
     except BaseException as error:

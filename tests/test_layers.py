@@ -32,6 +32,7 @@ LAYERS = (
         "guidance",
         "guidance_parallel",
         "process_groups",
+        "provenance",
         "sequence_parallel",
         "schedulers",
         "size_ranges",

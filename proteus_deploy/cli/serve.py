@@ -67,6 +67,36 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         "--max-attempts", type=int, default=3, help="crashes before a job is given up (default: %(default)s)"
     )
     parser.add_argument(
+        "--max-wait-seconds",
+        type=float,
+        metavar="S",
+        help="refuse jobs (429) that would wait longer, by cost and the measured rate (default: no limit)",
+    )
+    parser.add_argument(
+        "--max-batch",
+        type=int,
+        default=1,
+        help="videos of one size and schedule made together (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-wait-ms",
+        type=float,
+        default=0.0,
+        help="how long a batch that isn't full waits for more (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--cache-mib",
+        type=int,
+        default=256,
+        help="memory of each worker for results of text and identity stages (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-provenance", action="store_true", help="leave out the mark in each mp4 that it was generated"
+    )
+    parser.add_argument(
+        "--no-warm-up", action="store_true", help="be ready without having made one step of a video"
+    )
+    parser.add_argument(
         "--keep-days", type=float, default=7.0, help="days that finished videos stay (default: %(default)s)"
     )
     parser.add_argument(
@@ -104,15 +134,17 @@ def _settings(arguments: argparse.Namespace) -> ServiceSettings:
     """Everything about the flags that can be known before anything is opened."""
     kind = kind_of(arguments.path)
     _check_backend(kind, arguments)
-    for name, least in (("workers", 1), ("max_queued", 1), ("max_attempts", 1)):
+    for name, least in (
+        ("workers", 1), ("max_queued", 1), ("max_attempts", 1), ("max_batch", 1), ("cache_mib", 0),
+    ):  # fmt: skip
         if getattr(arguments, name) < least:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} is {getattr(arguments, name)}; it must be at least {least}")
     if not 0 <= arguments.port <= 65535:
         raise InputError(f"--port is {arguments.port}; it must be 0 to 65535")
-    for name, least_number in (("keep_days", 0), ("keep_gib", 0), ("finish_seconds", 0)):
+    for name in ("keep_days", "keep_gib", "finish_seconds", "max_wait_seconds", "batch_wait_ms"):
         value = getattr(arguments, name)
-        if value is not None and not least_number <= value < float("inf"):
+        if value is not None and not 0 <= value < float("inf"):
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must be a number of 0 or more")
     from proteus_deploy.serving.keys import Keys
     from proteus_deploy.serving.messages import PipelineChoice
@@ -137,6 +169,12 @@ def _settings(arguments: argparse.Namespace) -> ServiceSettings:
         keep_s=arguments.keep_days * 86400,
         keep_bytes=None if arguments.keep_gib is None else int(arguments.keep_gib * 2**30),
         finish_s=arguments.finish_seconds,
+        max_wait_s=arguments.max_wait_seconds,
+        max_batch=arguments.max_batch,
+        batch_wait_s=arguments.batch_wait_ms / 1000,
+        cache_bytes=arguments.cache_mib << 20,
+        warm_up=not arguments.no_warm_up,
+        provenance=not arguments.no_provenance,
         keys=Keys() if arguments.api_keys is None else Keys.read(arguments.api_keys),
     )
 
@@ -163,6 +201,11 @@ def _check_backend(kind: str, arguments: argparse.Namespace) -> None:
         raise InputError(
             "--low-memory releases networks between the parts of each video, and --backend compiled would "
             "compile them again for each; leave one of them out"
+        )
+    if arguments.batch_wait_ms and arguments.max_batch == 1:
+        raise InputError(
+            f"--batch-wait-ms is {arguments.batch_wait_ms:g} and --max-batch 1, so there is nothing to wait "
+            "for; raise --max-batch, or leave it out"
         )
     if arguments.low_memory and arguments.workers > 1:
         raise InputError(

@@ -6,7 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,40 +14,12 @@ from fastapi.testclient import TestClient
 
 from proteus_deploy.checkpoint import Checkpoint
 from proteus_deploy.errors import InputError
-from proteus_deploy.serving.app import create_app
 from proteus_deploy.serving.jobs import Claim, JobFailure
-from proteus_deploy.serving.messages import PipelineChoice
-from proteus_deploy.serving.service import Service, ServiceSettings
+from proteus_deploy.serving.service import Service
 from proteus_deploy.stage_table import build_stage_table
 from proteus_deploy.tiny.trained import MODEL
 
 FIELDS = {"prompt": "a person waves", "num_inference_steps": 2}
-
-
-def _settings(folder: Path, **changes: Any) -> ServiceSettings:
-    return ServiceSettings(PipelineChoice("checkpoint", str(MODEL)), folder / "data", **changes)
-
-
-@pytest.fixture
-def service(tmp_path: Path) -> Iterator[Service]:
-    made = Service(_settings(tmp_path, max_queued=3, max_body_bytes=2 << 20, max_pixels=300_000))
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def client(service: Service) -> TestClient:
-    # Errors of ours are answers here too, as they are for a client on the network.
-    return TestClient(create_app(service), raise_server_exceptions=False)
-
-
-@pytest.fixture
-def create(client: TestClient, drawn_photo: bytes) -> Any:
-    def post(headers: dict[str, str] | None = None, **fields: Any) -> Any:
-        files = {"input_reference": ("photo.png", drawn_photo, "image/png")}
-        return client.post("/v1/videos", data=FIELDS | fields, files=files, headers=headers)
-
-    return post
 
 
 def _claim(service: Service) -> Claim:
@@ -235,9 +207,9 @@ def test_the_other_routes(client: TestClient) -> None:
     assert "multipart/form-data" in paths["/v1/videos"]["post"]["requestBody"]["content"]
 
 
-def test_one_server_per_data_folder(service: Service, tmp_path: Path) -> None:
+def test_one_server_per_data_folder(service: Service) -> None:
     with pytest.raises(InputError, match="another server uses the data folder"):
-        Service(_settings(tmp_path))
+        Service(replace(service.settings))
 
 
 def test_a_size_that_the_bundle_has_not_is_refused(service: Service, create: Any) -> None:

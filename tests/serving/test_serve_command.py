@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
 import pytest
@@ -19,55 +19,28 @@ import pytest
 from proteus_deploy.cli.main import main
 from proteus_deploy.tiny.trained import MODEL
 
+if TYPE_CHECKING:
+    from tests.serving.conftest import Server
+
 # The client warns that OpenAI's own server of this API is shut down; vLLM-Omni and SGLang have it too.
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 
 
-class Server:
-    """The command in a process of its own."""
-
-    def __init__(self, folder: Path, *flags: str) -> None:
-        self.log = folder / "log"
-        command = [sys.executable, "-m", "proteus_deploy.cli.main", "serve", str(MODEL), "--port", "0"]
-        command += ["--data-dir", str(folder / "data"), *flags]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        found = re.fullmatch(r"serving on (http://127\.0\.0\.1:[0-9]+)\n", line)
-        assert found, self.log.read_text()
-        self.url = found[1]
-
-    def end(self, number: int = signal.SIGINT) -> int:
-        self.process.send_signal(number)
-        code = self.process.wait(timeout=60)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        return code
-
-    def kill(self) -> None:
-        if self.process.poll() is None:
-            self.end(signal.SIGKILL)
-
-    def get(self, route: str) -> Any:
-        return httpx2.get(self.url + route).json()
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    started = Server(tmp_path_factory.mktemp("server"))
+def server(tmp_path_factory: pytest.TempPathFactory, serve_process: type[Server]) -> Iterator[Server]:
+    started = serve_process(tmp_path_factory.mktemp("server"))
     yield started
     assert started.end() == 0
     assert "stopped" in started.log.read_text()
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[[Path], Server]]:
+def start(serve_process: type[Server]) -> Iterator[Callable[[Path], Server]]:
     """start(folder) -> a server, killed after the test where it still runs."""
     started: list[Server] = []
 
     def make(folder: Path) -> Server:
-        started.append(Server(folder))
+        started.append(serve_process(folder))
         return started[-1]
 
     yield make

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -420,3 +421,45 @@ def test_tables_of_a_later_release_are_refused(tmp_path: Path) -> None:
     engine.dispose()
     with pytest.raises(InputError, match="not of this release"):
         open_database(database_url(None, tmp_path))
+
+
+def test_a_batch_is_of_one_kind_and_in_order(store: JobStore) -> None:
+    keys = ("a", "b", "a", None, "a", "b")
+    jobs = [store.submit("anna", {}, batch_key=key)[0] for key in keys]
+
+    def take(limit: int, like: str | None = None) -> list[str]:
+        claims = store.claim_batch("w", lease_s=LEASE_S, limit=limit, like=like)
+        assert all(claim.job.state is JobState.RUNNING for claim in claims)
+        return [claim.job.id for claim in claims]
+
+    ids = [job.id for job in jobs]
+    assert take(2) == [ids[0], ids[2]]
+    assert take(9, "a") == [ids[4]]
+    assert take(9, "a") == []
+    assert take(9) == [ids[1], ids[5]]
+    assert take(9) == [ids[3]], "one without a key is alone"
+
+
+def test_put_back_to_be_alone(store: JobStore) -> None:
+    for _ in range(2):
+        store.submit("anna", {}, batch_key="a")
+    for claim in store.claim_batch("w", lease_s=LEASE_S, limit=2):
+        store.give_back(claim, alone=True)
+    assert [len(store.claim_batch("w", lease_s=LEASE_S, limit=2)) for _ in range(3)] == [1, 1, 0]
+    assert [job.crashes for job in store.page()[0]] == [0, 0]
+
+
+def test_waiting_cost_is_bounded(store: JobStore) -> None:
+    store.submit("anna", {}, cost=5.0, max_waiting_cost=0.0)  # nothing waits yet
+    store.submit("anna", {}, cost=5.0, max_waiting_cost=5.0)
+    with pytest.raises(QueueFull, match="2 jobs are waiting, and what they cost"):
+        store.submit("anna", {}, cost=1.0, max_waiting_cost=9.9)
+
+
+def test_rate_is_of_the_last_videos(store: JobStore, clock: Clock) -> None:
+    assert store.rate() is None
+    for index, facts in enumerate(({"seconds": 2.0}, {"seconds": 4.0, "batch": 2})):
+        store.submit("anna", {}, cost=3.0)
+        clock.now += 1
+        store.complete(_claim(store), replace(RESULT, name=f"video_{index}-1.mp4", facts=facts))
+    assert store.rate() == 6.0 / 4.0

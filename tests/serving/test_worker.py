@@ -16,6 +16,7 @@ import pytest
 import sqlalchemy as sa
 
 from proteus_deploy.errors import InputError
+from proteus_deploy.serving.characters import CharacterStore
 from proteus_deploy.serving.database import database_url, open_database
 from proteus_deploy.serving.jobs import Job, JobState
 from proteus_deploy.serving.messages import Channel, PipelineChoice, WorkerSettings
@@ -23,9 +24,11 @@ from proteus_deploy.serving.progress import JobProgress, StageTimes
 from proteus_deploy.serving.results import ResultFolder
 from proteus_deploy.serving.store import JobStore
 from proteus_deploy.serving.supervisor import Board, Supervisor
+from proteus_deploy.serving.work_queue import WorkQueue
 from proteus_deploy.serving.worker import Worker
 from proteus_deploy.tiny.trained import MODEL
 
+BATCHES: dict[str, Any] = {"max_batch": 2, "batch_wait_s": 0.2, "cache_bytes": 1 << 24, "warm_up": True}
 REQUEST: dict[str, Any] = {"prompt": "a person waves", "num_inference_steps": 2, "seed": 3}
 
 
@@ -38,7 +41,7 @@ class Service:
         self.results = ResultFolder(folder / "results")
         url = database_url(None, folder).render_as_string(hide_password=False)
         choice = PipelineChoice("checkpoint", str(MODEL))
-        self.settings = WorkerSettings("node-", choice, url, str(folder), lease_s=5, poll_s=0.05)
+        self.settings = WorkerSettings("node-", choice, url, str(folder), lease_s=5, poll_s=0.05, **BATCHES)
         self.ends: list[tuple[str, str]] = []
         self.supervisor = self.make()
 
@@ -129,6 +132,43 @@ def test_what_the_pipeline_refuses_is_said_on_the_job(service: Service) -> None:
 
 
 @pytest.mark.slow
+def test_a_batch_and_the_one_that_spoils_it(service: Service, drawn_photo: bytes) -> None:
+    """Jobs that come together are made together; one that can't be made doesn't take the others along."""
+    long, _ = service.store.submit("anna", {**REQUEST, "num_inference_steps": 1000}, photo=drawn_photo)
+    service.wait_for_steps(long)
+    photos = (drawn_photo, b"no photo", drawn_photo)
+    jobs = [service.store.submit("anna", REQUEST, photo=photo, batch_key="x")[0] for photo in photos[:2]]
+    alone, _ = service.store.submit("anna", REQUEST, photo=drawn_photo, batch_key="y")
+    service.store.cancel(long.id)
+    service.supervisor.cancel(long.id)
+    good, bad = (service.wait(job) for job in jobs)
+    assert bad.failure is not None
+    assert bad.failure.code == "invalid_request"
+    assert good.result is not None
+    assert (good.attempt, good.crashes, good.result.facts["batch"]) == (2, 0, 1)
+    assert service.wait(alone).state is JobState.COMPLETED
+    pair = [service.store.submit("anna", {**REQUEST, "seed": seed}, photo=drawn_photo, batch_key="x")[0]
+            for seed in (3, 4)]  # fmt: skip
+    results = [service.wait(job).result for job in pair]
+    assert [result.facts["batch"] for result in results if result is not None] == [2, 2]
+    assert [result.facts["seed"] for result in results if result is not None] == [3, 4]
+
+
+@pytest.mark.slow
+def test_a_character_is_encoded_once(service: Service, drawn_photo: bytes) -> None:
+    characters = CharacterStore(service.engine)
+    made = characters.create("anna", drawn_photo, face_index=None)
+    nobody = characters.create("anna", b"no photo", face_index=None)
+    service.supervisor.wake()
+    while "processing" in (states := [characters.get(one.id, "anna").status for one in (made, nobody)]):
+        time.sleep(0.02)
+    assert states == ["ready", "failed"]
+    failure = characters.get(nobody.id, "anna").failure
+    assert failure is not None
+    assert "photo" in failure.message
+
+
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_its_job_done_once(service: Service, drawn_photo: bytes) -> None:
     job, _ = service.store.submit("anna", {**REQUEST, "num_inference_steps": 25}, photo=drawn_photo)
     service.wait_for_steps(job)
@@ -194,7 +234,9 @@ def test_a_database_that_does_not_answer_for_a_while_ends_no_job(
     renewed = threading.Event()
 
     class Pipeline:
-        def generate(self, *_: Any, **__: Any) -> None:
+        preview = None
+
+        def generate_batch(self, *_: Any, **__: Any) -> None:
             assert renewed.wait(30), "the heartbeat ended with the first error"
             raise InputError("made, as far as this test goes")
 
@@ -205,18 +247,18 @@ def test_a_database_that_does_not_answer_for_a_while_ends_no_job(
     ours, theirs = socket.socketpair()
     settings = replace(service.settings, name="w", lease_s=0.3)
     worker = Worker(settings, Pipeline(), Channel(ours))  # type: ignore[arg-type]
-    renew, failures = JobStore.renew, iter([sa.exc.OperationalError("UPDATE", {}, Exception("locked"))])
+    renew, failures = WorkQueue.renew, iter([sa.exc.OperationalError("UPDATE", {}, Exception("locked"))])
 
-    def fail_once(store: JobStore, *arguments: Any, **named: Any) -> bool:
+    def fail_once(store: WorkQueue, *arguments: Any, **named: Any) -> bool:
         for failure in failures:
             raise failure
         answer = renew(store, *arguments, **named)
         renewed.set()
         return answer
 
-    monkeypatch.setattr(JobStore, "renew", fail_once)
+    monkeypatch.setattr(WorkQueue, "renew", fail_once)
     with ours, theirs:
-        assert worker._do(claim) == JobState.FAILED.value
+        assert worker._do([claim]) == [JobState.FAILED.value]
     failure = service.store.get(claim.job.id).failure
     assert failure is not None
     assert failure.message == "made, as far as this test goes"

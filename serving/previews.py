@@ -1,0 +1,64 @@
+"""Pictures of running steps, for clients that look on: one frame of what the video is going to be."""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from proteus_deploy.pipeline import StepEvent
+
+__all__ = ["Previews"]
+
+_SIDE = 320  # pixels of the longer side
+_QUALITY = 70
+# Of the time between two pictures so much at most goes into drawing one, and so many seconds lie between.
+_SHARE, _LEAST_S = 0.1, 1.0
+
+
+class Previews:
+    """One batch's. `watch` from any thread; give `on_step` to the pipeline.
+
+    draw(event, row): the picture [H, W, 3] uint8 of one video of the batch. send(row, data URL).
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[StepEvent, int], NDArray[np.uint8]],
+        send: Callable[[int, str], Any],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._draw, self._send, self._clock = draw, send, clock
+        self._watched: set[int] = set()
+        self._next_s = 0.0
+
+    def watch(self, row: int) -> None:
+        """Somebody looks at this video of the batch."""
+        self._watched.add(row)
+
+    def on_step(self, event: StepEvent) -> None:
+        """Draw what is looked at, unless it was drawn lately. Behind the last step comes the video."""
+        began_s = self._clock()
+        if not self._watched or began_s < self._next_s or event.index + 1 == event.total:
+            return
+        for row in sorted(self._watched):
+            self._send(row, _data_url(self._draw(event, row)))
+        ended_s = self._clock()
+        self._next_s = ended_s + max(_LEAST_S, (ended_s - began_s) * (1 / _SHARE - 1))
+
+
+def _data_url(pixels: NDArray[np.uint8]) -> str:
+    from PIL import Image
+
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((_SIDE, _SIDE))
+    stream = io.BytesIO()
+    picture.save(stream, "jpeg", quality=_QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
