@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -113,15 +113,16 @@ def _add_create_routes(app: FastAPI) -> None:
     ) -> Response:
         """Make a video and answer with its mp4; who goes away cancels it."""
         job = await _submit(service, owner, request, idempotency_key)
-        while not (job := await run_sync(service.store.get, job.id, owner)).state.finished:
-            if await request.is_disconnected():
-                with contextlib.suppress(JobNotFound, NotCancellable):
-                    await run_sync(service.cancel, job.id, owner)
-                return Response(status_code=499)
-            if service.stopping.is_set():
-                text = f"the server is stopping; the video {job.id} is made when it runs again"
-                raise ApiError(503, text, code="stopping")
-            await asyncio.sleep(_LOOK_S)
+        with _news_of(service, job.id) as wait:
+            while not (job := await run_sync(service.store.get, job.id, owner)).state.finished:
+                if await request.is_disconnected():
+                    with contextlib.suppress(JobNotFound, NotCancellable):
+                        await run_sync(service.cancel, job.id, owner)
+                    return Response(status_code=499)
+                if service.stopping.is_set():
+                    text = f"the server is stopping; the video {job.id} is made when it runs again"
+                    raise ApiError(503, text, code="stopping")
+                await wait(_LOOK_S)
         return _content(service, job)
 
 
@@ -205,23 +206,42 @@ async def _events(service: Service, owner: str, job_id: str, *, preview: bool) -
     if preview:
         service.supervisor.watch(job_id)
     try:
-        async for event in _changes(service, owner, job_id, preview=preview):
-            yield event
+        with _news_of(service, job_id) as wait:
+            async for event in _changes(service, owner, job_id, wait, preview=preview):
+                yield event
     finally:
         service.board.watch(job_id, looking=False)
 
 
-async def _changes(service: Service, owner: str, job_id: str, *, preview: bool) -> AsyncIterator[str]:
+@contextlib.contextmanager
+def _news_of(service: Service, job_id: str) -> Iterator[Callable[[float], Awaitable[None]]]:
+    """wait(seconds) ends at once when there is news of the job."""
+    loop, happened = asyncio.get_running_loop(), asyncio.Event()
+
+    async def wait(seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await happened.wait()
+        happened.clear()
+
+    def call() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(happened.set)
+
+    with service.board.listening(job_id, call):
+        yield wait
+
+
+async def _changes(
+    service: Service, owner: str, job_id: str, wait: Callable[[float], Awaitable[None]], *, preview: bool
+) -> AsyncIterator[str]:
     last: dict[str, Any] | None = None
     seen: tuple[Any, Any] = (None, None)
     clock: Callable[[], float] = asyncio.get_running_loop().time
     queried_s = spoke_s = float("-inf")
     while not service.stopping.is_set():
         news = (service.board.progress(job_id), service.board.preview(job_id) if preview else None)
-        if (
-            any(new is not old for new, old in zip(news, seen, strict=True))
-            or clock() - queried_s >= _QUERY_S
-        ):
+        if news[0] is not seen[0] or news[1] is not seen[1] or clock() - queried_s >= _QUERY_S:
             try:
                 shown = await run_sync(_show, service, owner, job_id)
             except JobNotFound:
@@ -237,7 +257,7 @@ async def _changes(service: Service, owner: str, job_id: str, *, preview: bool) 
         if clock() - spoke_s > _KEEP_ALIVE_S:
             spoke_s = clock()
             yield ": still here\n\n"
-        await asyncio.sleep(_LOOK_S)
+        await wait(_LOOK_S)
 
 
 def _add_other_routes(app: FastAPI) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
 
-from proteus_deploy.errors import InputError
+from proteus_deploy.errors import InputError, ProteusError
 from proteus_deploy.serving.app import create_app
 from proteus_deploy.serving.service import Service, ServiceSettings
 
@@ -26,20 +27,47 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
-        self._service = service
+        self.service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by uvicorn for SIGINT and SIGTERM."""
-        self._service.stopping.set()
+        self.service.stopping.set()
         super().handle_exit(sig, frame)
 
 
+class _Opening:
+    """Waits for the workers beside the running server, and ends it when the pipeline can't be opened."""
+
+    def __init__(self, server: _Server, url: str) -> None:
+        self._server, self._url = server, url
+        self._refusal: ProteusError | None = None
+
+    def run(self, listener: socket.socket, on_ready: Callable[[str], None] | None) -> None:
+        """The server's whole life. Raises what the workers said to the pipeline."""
+        _log.info("listening on %s, the model is being opened", self._url)
+        threading.Thread(target=self._wait, args=(on_ready,), daemon=True).start()
+        self._server.run(sockets=[listener])
+        if self._refusal is not None:
+            raise self._refusal
+
+    def _wait(self, on_ready: Callable[[str], None] | None) -> None:
+        try:
+            self._server.service.supervisor.wait_until_ready()
+        except ProteusError as error:
+            self._refusal = error
+            self._server.should_exit = True
+        else:
+            if on_ready is not None:
+                on_ready(self._url)
+
+
 def serve(
-    settings: ServiceSettings, host: str, port: int, *, on_listening: Callable[[str], None] | None = None
+    settings: ServiceSettings, host: str, port: int, *, on_ready: Callable[[str], None] | None = None
 ) -> None:
     """Serve until SIGINT or SIGTERM; call it in the main thread.
 
-    on_listening: told the URL when the workers have their pipelines and requests are accepted.
+    The server listens while the workers open their pipelines: /healthz answers, /readyz says that it isn't
+    ready, and jobs wait. on_ready: told the URL when the workers have their pipelines.
     Raises InputError when the address can't be had, the data folder is in use, or the pipeline can't be
     opened.
     """
@@ -49,8 +77,6 @@ def serve(
         service = Service(settings)
         try:
             service.start()
-            # Before the first request: who asked for what can't run here is told now, by name.
-            service.supervisor.wait_until_ready()
             config = uvicorn.Config(
                 create_app(service),
                 log_config=None,
@@ -59,10 +85,9 @@ def serve(
                 timeout_graceful_shutdown=_CLOSE_CONNECTIONS_S,
                 h11_max_incomplete_event_size=64 << 10,
             )
-            if on_listening is not None:
-                shown = f"[{host}]" if ":" in host else host
-                on_listening(f"http://{shown}:{listener.getsockname()[1]}")
-            _Server(config, service).run(sockets=[listener])
+            shown = f"[{host}]" if ":" in host else host
+            opening = _Opening(_Server(config, service), f"http://{shown}:{listener.getsockname()[1]}")
+            opening.run(listener, on_ready)
         except KeyboardInterrupt:
             _log.info("stopping")
         finally:

@@ -12,7 +12,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +38,7 @@ class Board:
         self._news: dict[str, dict[str, Any]] = {}
         self._previews: dict[str, str] = {}
         self._watched: set[str] = set()
+        self._listeners: dict[str, list[Callable[[], object]]] = {}
         self._lock = threading.Lock()
         self.outcomes: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
@@ -54,6 +56,26 @@ class Board:
                 self._previews.pop(job_id, None)
             else:
                 self._news[job_id] = news
+        self._tell(job_id)
+
+    @contextmanager
+    def listening(self, job_id: str, call: Callable[[], object]) -> Iterator[None]:
+        """Call `call`, from any thread, whenever there is news of the job, its end included."""
+        with self._lock:
+            self._listeners.setdefault(job_id, []).append(call)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._listeners[job_id].remove(call)
+                if not self._listeners[job_id]:
+                    del self._listeners[job_id]
+
+    def _tell(self, job_id: str) -> None:
+        with self._lock:
+            calls = list(self._listeners.get(job_id, ()))
+        for call in calls:
+            call()
 
     def preview(self, job_id: str) -> str | None:
         """The latest picture of a running job, as a data URL, where somebody looks on."""
@@ -64,6 +86,7 @@ class Board:
         """Replace a job's picture."""
         with self._lock:
             self._previews[job_id] = picture
+        self._tell(job_id)
 
     def watch(self, job_id: str, *, looking: bool) -> None:
         """Whether somebody looks on: remembered for a worker that begins the job later."""

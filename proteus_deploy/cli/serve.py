@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     from proteus_deploy.serving.server import serve
 
-    serve(settings, arguments.host, arguments.port, on_listening=_say_where)
+    serve(settings, arguments.host, arguments.port, on_ready=_say_where)
     return 0
 
 

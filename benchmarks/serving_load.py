@@ -1,0 +1,221 @@
+"""Does the server stay upright when twice as much is asked for as it can do?
+
+    python -m proteus_deploy.benchmarks.serving_load --json FILE [--minutes 5] [--clients 50]
+
+The tiny model's capacity is measured first; then clients ask for videos at twice that rate, together. Every
+accepted job must finish, the rest must get a 429; GETs are timed before and under load; memory and open files
+of the web process and the worker are sampled, and the second half must not grow over the first. Then, with
+nobody else asking, the queue is filled until a 429 names its Retry-After: a job that comes half that time
+later must still be refused, and one that comes when it is over must be accepted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from proteus_deploy._files import check_writable, write_json
+from proteus_deploy.benchmarks.machine import describe_commit, describe_machine, describe_versions
+from proteus_deploy.benchmarks.serving_server import ServerProcess, ask, drawn_photo, events, order
+
+__all__ = ["main"]
+
+_STEPS, _MAX_WAIT_S = 4, 20
+_UNLOADED_GETS, _SAMPLE_S = 300, 2.0
+_TRIES = 3
+_PAGE_BYTES = 4096
+
+
+@dataclass
+class _Load:
+    url: str
+    body: dict[str, Any]
+    interval_s: float  # between two requests of one client
+    stop: threading.Event = field(default_factory=threading.Event)
+    accepted: list[str] = field(default_factory=list)
+    answers: Counter[str] = field(default_factory=Counter)
+    without_retry: int = 0
+    get_ms: list[float] = field(default_factory=list)
+    samples: list[dict[str, int]] = field(default_factory=list)
+
+    def client(self, number: int) -> None:
+        rng = random.Random(number)
+        while not self.stop.wait(self.interval_s * rng.uniform(0.5, 1.5)):
+            try:
+                answer = ask(f"{self.url}/v1/videos", "POST", self.body)
+            except (OSError, http.client.HTTPException) as error:
+                self.answers[type(error).__name__] += 1
+                continue
+            self.answers[str(answer.status)] += 1
+            if answer.status == 200:
+                self.accepted.append(answer.json["id"])
+            elif "retry-after" not in answer.headers:
+                self.without_retry += 1
+
+    def look(self, job_id: str) -> None:
+        while not self.stop.wait(0.1):
+            self.get_ms.append(_get_ms(self.url, job_id))
+
+    def sample(self, server: ServerProcess) -> None:
+        while not self.stop.wait(_SAMPLE_S):
+            self.samples.append(_sizes(server))
+
+
+def _get_ms(url: str, job_id: str) -> float:
+    began_s = time.monotonic()
+    ask(f"{url}/v1/videos/{job_id}")
+    return 1000 * (time.monotonic() - began_s)
+
+
+def _sizes(server: ServerProcess) -> dict[str, int]:
+    found = {}
+    for name, pid in (("web", server.pid), ("worker", server.workers[0])):
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        found[f"{name}_bytes"] = pages * _PAGE_BYTES
+        found[f"{name}_files"] = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    return found
+
+
+def _finished(url: str, job_id: str) -> str:
+    *_, last = events(f"{url}/v1/videos/{job_id}/events")
+    return str(last["status"])
+
+
+def _p99(values: list[float]) -> float:
+    return statistics.quantiles(values, n=100)[98]
+
+
+def _retry_after(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Fill the queue, then see whether the 429's Retry-After is neither too short nor too long."""
+    ids = []
+    while (answer := ask(f"{url}/v1/videos", "POST", body)).status == 200:
+        ids.append(answer.json["id"])
+    refused_s, said_s = time.monotonic(), int(answer.headers["retry-after"])
+    time.sleep(said_s / 2)
+    early = ask(f"{url}/v1/videos", "POST", body)
+    if early.status == 200:
+        ids.append(early.json["id"])
+    time.sleep(max(0.0, refused_s + said_s - time.monotonic()))
+    due = ask(f"{url}/v1/videos", "POST", body)
+    if due.status == 200:
+        ids.append(due.json["id"])
+    for job_id in ids:
+        _finished(url, job_id)
+    return {"said_s": said_s, "at_half": early.status, "when_due": due.status}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the trial, write the result file; 1 where something is wrong."""
+    from proteus_deploy.tiny.trained import MODEL
+
+    parser = argparse.ArgumentParser(prog="serving_load", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--clients", type=int, default=50)
+    options = parser.parse_args(arguments)
+    check_writable(options.json)
+    body = order(drawn_photo(), num_inference_steps=_STEPS, seed=5)
+
+    def report(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        server = ServerProcess(MODEL, Path(folder), ["--max-wait-seconds", str(_MAX_WAIT_S)])
+        server.start()
+        seconds = []
+        for _ in range(5):
+            began_s = time.monotonic()
+            job_id = ask(f"{server.url}/v1/videos", "POST", body).json["id"]
+            _finished(server.url, job_id)
+            seconds.append(time.monotonic() - began_s)
+        each_s = statistics.median(seconds[1:])
+        unloaded = [_get_ms(server.url, job_id) for _ in range(_UNLOADED_GETS)]
+        load = _Load(server.url, body, interval_s=each_s * options.clients / 2)
+        report(f"one video takes {each_s:.2f} s; {options.clients} clients ask every {load.interval_s:.1f} s")
+        threads = [
+            threading.Thread(target=load.client, args=(n,), daemon=True) for n in range(options.clients)
+        ]
+        threads += [threading.Thread(target=load.look, args=(job_id,), daemon=True)]
+        threads += [threading.Thread(target=load.sample, args=(server,), daemon=True)]
+        for thread in threads:
+            thread.start()
+        for minute in range(max(1, round(options.minutes * 4))):
+            time.sleep(min(15.0, options.minutes * 60))
+            report(f"{(minute + 1) / 4:g} min: {dict(load.answers)}")
+        load.stop.set()
+        for thread in threads:
+            thread.join()
+        states = Counter(_finished(server.url, one) for one in load.accepted)
+        retries = [_retry_after(server.url, body) for _ in range(_TRIES)]
+        code = server.stop()
+    half = len(load.samples) // 2
+    growth = {
+        name: max(one[name] for one in load.samples[half:])
+        - max(one[name] for one in load.samples[half // 2 : half])
+        for name in load.samples[0]
+    }
+    wrong = [f"{count} accepted jobs are {state}" for state, count in states.items() if state != "completed"]
+    wrong += [
+        f"{count} answers were {status}"
+        for status, count in load.answers.items()
+        if status not in ("200", "429")
+    ]
+    if load.without_retry:
+        wrong.append(f"{load.without_retry} answers 429 had no Retry-After")
+    if not load.answers["429"]:
+        wrong.append("nothing was refused: the load was no load")
+    wrong += [
+        f"Retry-After {one['said_s']} s was not true"
+        for one in retries
+        if (one["at_half"], one["when_due"]) != (429, 200)
+    ]
+    if code:
+        wrong.append(f"the server ended with code {code}")
+    document = {
+        "what": "clients that ask for twice as much as the server can do",
+        "settings": {
+            "minutes": options.minutes,
+            "clients": options.clients,
+            "steps": _STEPS,
+            "model": "tiny",
+            "max_wait_s": _MAX_WAIT_S,
+            "interval_s": load.interval_s,
+        },
+        "video_s": each_s,
+        "answers": dict(load.answers),
+        "accepted": dict(states),
+        "get_ms": {
+            "unloaded": {"median": statistics.median(unloaded), "p99": _p99(unloaded), "n": len(unloaded)},
+            "loaded": {
+                "median": statistics.median(load.get_ms),
+                "p99": _p99(load.get_ms),
+                "n": len(load.get_ms),
+            },
+        },
+        "p99_ratio": _p99(load.get_ms) / _p99(unloaded),
+        "growth_of_second_half": growth,
+        "last_sample": load.samples[-1],
+        "retry_after": retries,
+        "wrong": wrong,
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+        "commit": describe_commit(Path(__file__).resolve().parents[1]),
+    }
+    write_json(options.json, document)
+    report("nothing is wrong" if not wrong else "WRONG: " + "; ".join(wrong))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""What does the server cost beside the library, and what do batches gain?
+
+    python -m proteus_deploy.benchmarks.serving_speed --json FILE [MODEL] [--rounds 7] [--batch 4]
+
+Overhead: the same video by the library, in a process that has it loaded, and by the server, turn by turn;
+the client follows the events and has the mp4 in hand at the end. Throughput: a queue full of videos of one
+size, by a server that makes them one by one and by one that makes them in batches, turn by turn. Medians of
+the rounds. MODEL: a bundle or a checkpoint; the tiny model's checkpoint when left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from proteus_deploy._files import check_writable, write_json
+from proteus_deploy.benchmarks.machine import describe_commit, describe_machine, describe_versions
+from proteus_deploy.benchmarks.serving_server import ServerProcess, ask, drawn_photo, events, order
+from proteus_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from proteus_deploy.pipeline import Pipeline
+
+__all__ = ["main"]
+
+_STEPS = 25
+_WAITING = 8  # videos in the queue when throughput is timed
+
+
+def _open(model: Path) -> Pipeline:
+    from proteus_deploy.bundle import MANIFEST
+    from proteus_deploy.pipeline import Pipeline
+
+    if (model / MANIFEST).is_file():
+        return Pipeline.from_bundle(model)
+    return Pipeline.from_checkpoint(model)
+
+
+def _by_library(pipeline: Pipeline, photo: bytes, folder: Path) -> float:
+    from proteus_deploy.request import GenerateRequest
+
+    began_s = time.monotonic()
+    request = GenerateRequest("a person waves", photo=photo, num_inference_steps=_STEPS, seed=5)
+    pipeline.generate(request).save(folder / "library.mp4")
+    (folder / "library.mp4").read_bytes()
+    return time.monotonic() - began_s
+
+
+def _by_server(url: str, body: dict[str, Any]) -> float:
+    began_s = time.monotonic()
+    job_id = ask(f"{url}/v1/videos", "POST", body).json["id"]
+    *_, last = events(f"{url}/v1/videos/{job_id}/events")
+    if last["status"] != "completed":
+        raise InputError(f"the server's video is {last['status']}: {last['error']}")
+    ask(f"{url}/v1/videos/{job_id}/content")
+    return time.monotonic() - began_s
+
+
+def _full_queue(url: str, photo: bytes) -> float:
+    """Seconds for videos that all wait when the first begins."""
+    began_s = time.monotonic()
+    ids = [
+        ask(f"{url}/v1/videos", "POST", order(photo, num_inference_steps=_STEPS, seed=seed)).json["id"]
+        for seed in range(_WAITING)
+    ]
+    for job_id in ids:
+        *_, last = events(f"{url}/v1/videos/{job_id}/events")
+        if last["status"] != "completed":
+            raise InputError(f"the server's video is {last['status']}: {last['error']}")
+    return time.monotonic() - began_s
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, and write the result file."""
+    from proteus_deploy.tiny.trained import MODEL
+
+    parser = argparse.ArgumentParser(prog="serving_speed", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model", nargs="?", type=Path, default=MODEL)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=4)
+    options = parser.parse_args(arguments)
+    check_writable(options.json)
+
+    def report(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    photo = drawn_photo()
+    body = order(photo, num_inference_steps=_STEPS, seed=5, identity_prompt="")
+    library, served = [], []
+    with tempfile.TemporaryDirectory() as temporary, _open(options.model) as pipeline:
+        folder = Path(temporary)
+        # Neither side keeps results of text and photo: both do the whole work every time.
+        server = ServerProcess(options.model, folder / "one", ["--cache-mib", "0"])
+        server.start()
+        for turn in range(options.rounds + 1):
+            pair = _by_library(pipeline, photo, folder), _by_server(server.url, body)
+            if turn:  # the first warms both up
+                library.append(pair[0])
+                served.append(pair[1])
+            report(f"round {turn}: library {pair[0]:.3f} s, server {pair[1]:.3f} s")
+        server.stop()
+    alone, together = [], []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        flags = ["--max-batch", str(options.batch), "--batch-wait-ms", "20"]
+        single = ServerProcess(options.model, folder / "single")
+        batched = ServerProcess(options.model, folder / "batched", flags)
+        single.start()
+        batched.start()
+        for turn in range(max(2, options.rounds // 2) + 1):
+            pair = _full_queue(single.url, photo), _full_queue(batched.url, photo)
+            if turn:
+                alone.append(pair[0])
+                together.append(pair[1])
+            report(f"round {turn}: {_WAITING} videos one by one {pair[0]:.2f} s, in batches {pair[1]:.2f} s")
+        single.stop()
+        batched.stop()
+    medians = {name: statistics.median(found) for name, found in (("library", library), ("server", served))}
+    document = {
+        "what": "a video by the library and by the server; a full queue one by one and in batches",
+        "settings": {
+            "model": options.model.name,
+            "steps": _STEPS,
+            "rounds": options.rounds,
+            "batch": options.batch,
+            "videos in the queue": _WAITING,
+        },
+        "library_s": {"median": medians["library"], "all": library},
+        "server_s": {"median": medians["server"], "all": served},
+        "overhead_ms": 1000 * (medians["server"] - medians["library"]),
+        "allowed_ms": 30 + 0.02 * 1000 * medians["library"],
+        "one_by_one_s": {"median": statistics.median(alone), "all": alone},
+        "batched_s": {"median": statistics.median(together), "all": together},
+        "throughput_gain": statistics.median(alone) / statistics.median(together),
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+        "commit": describe_commit(Path(__file__).resolve().parents[1]),
+    }
+    write_json(options.json, document)
+    report(f"overhead {document['overhead_ms']:.1f} ms of {document['allowed_ms']:.1f} allowed")
+    report(f"batches of {options.batch}: {document['throughput_gain']:.2f} times the throughput")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
