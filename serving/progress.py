@@ -48,11 +48,13 @@ class JobProgress:
         self._step_s: list[float] = []
         self._began_s = self._denoised_s = clock()
         self.seconds: dict[str, float] = {}
+        self.steps = 0
         self.latest: dict[str, Any] = {}
 
     def on_step(self, event: StepEvent) -> None:
         """Remember how long the step took; the event of the phase follows it."""
         self._step_s.append(event.seconds)
+        self.steps += 1
 
     def on_progress(self, event: ProgressEvent) -> None:
         """Report a part of a phase."""

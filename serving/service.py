@@ -169,6 +169,11 @@ class Service:
         over_s = 0.0 if limit_s is None else (load.waiting + load.running) / load.rate - limit_s
         return max(1, math.ceil(max(next_s, over_s)))
 
+    def wait_s(self) -> float | None:
+        """How long a job that comes now waits before it begins; None while no rate was measured."""
+        load = self._load()
+        return None if load.rate is None else (load.waiting + load.running) / load.rate
+
     def _load(self) -> _Load:
         running, rest = self.store.running(), 0.0
         for job in running:

@@ -20,6 +20,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from proteus_deploy.errors import BackendError, InputError
+from proteus_deploy.serving.measures import Measures
 from proteus_deploy.serving.messages import Channel, WorkerSettings
 from proteus_deploy.serving.store import JobStore
 
@@ -42,6 +43,7 @@ class Board:
         self._lock = threading.Lock()
         self.outcomes: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
+        self.measures = Measures()
 
     def progress(self, job_id: str) -> dict[str, Any] | None:
         """What the job's worker last said; None for a job that runs on another machine or not at all."""
@@ -286,6 +288,8 @@ class _Keeper:
             self.settled.set()
         elif "progress" in message:
             self._board.post(message["job"], message["progress"])
+        elif "measures" in message:
+            self._board.measures.add(self._number, message["measures"])
         elif "preview" in message:
             self._board.post_preview(message["job"], message["preview"])
         elif message.get("started"):

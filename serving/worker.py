@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,87 +24,38 @@ from proteus_deploy.errors import Cancelled, InputError, ProteusError
 from proteus_deploy.provenance import mark_generated
 from proteus_deploy.serving.database import database_url, open_database
 from proteus_deploy.serving.jobs import Claim, JobFailure, JobState, LostClaim
-from proteus_deploy.serving.messages import Channel, PipelineChoice, WorkerSettings
+from proteus_deploy.serving.measures import resident_bytes
+from proteus_deploy.serving.messages import Channel, WorkerSettings
 from proteus_deploy.serving.previews import Previews
 from proteus_deploy.serving.progress import JobProgress, StageTimes
 from proteus_deploy.serving.results import ResultFolder
+from proteus_deploy.serving.work import Work
 from proteus_deploy.serving.work_queue import WorkQueue
+from proteus_deploy.serving.worker_pipeline import open_pipeline, request_fields, warm_up
 
 if TYPE_CHECKING:
     from proteus_deploy.pipeline import Pipeline, StepEvent
+    from proteus_deploy.stage_cache import StageCache
     from proteus_deploy.video import Video
 
-__all__ = ["Worker", "open_pipeline", "warm_up"]
+__all__ = ["Worker", "main"]
 
 _log = logging.getLogger(__name__)
-
-
-def open_pipeline(choice: PipelineChoice, cache_bytes: int = 0) -> Pipeline:
-    """The pipeline of a bundle or checkpoint. Raises InputError's kinds for what can't run here."""
-    from proteus_deploy.pipeline import Pipeline
-    from proteus_deploy.stage_cache import StageCache
-
-    cache = StageCache(cache_bytes) if cache_bytes else None
-    if choice.kind == "bundle":
-        return Pipeline.from_bundle(
-            choice.folder,
-            backend=choice.backend or "onnxruntime",
-            device=choice.device,
-            vae_tiling=choice.vae_tiling,
-            low_memory=choice.low_memory,
-            cache=cache,
-        )
-    return Pipeline.from_checkpoint(
-        choice.folder,
-        device=choice.device or "cpu",
-        dtype=choice.dtype,
-        compiled=choice.backend == "compiled",
-        vae_tiling=choice.vae_tiling,
-        low_memory=choice.low_memory,
-        cache=cache,
-    )
-
-
-def warm_up(pipeline: Pipeline) -> None:
-    """One step and its decoding, at the tuned size, from made-up identity features.
-
-    Raises what `Pipeline.generate` raises: a model that can't make a video says so before the first job.
-    """
-    from proteus_deploy.export.reference import reference_request
-
-    request, noise = reference_request(pipeline.backend.table, pipeline)
-    pipeline.generate(replace(request, num_inference_steps=1), initial_latents=noise)
-
-
-class _Work:
-    """The jobs at hand. The pipeline is stopped when none of them is wanted any more."""
-
-    def __init__(self, claims: Sequence[Claim]) -> None:
-        self.claims = tuple(claims)
-        self.stop, self.done = threading.Event(), threading.Event()
-        self.previews: Previews | None = None
-        self._reasons: dict[str, str] = {}
-
-    def drop(self, claim: Claim, reason: str) -> None:
-        """Why a job isn't wanted; the first reason counts."""
-        self._reasons.setdefault(claim.job.id, reason)
-        if len(self._reasons) == len(self.claims):
-            self.stop.set()
-
-    def drop_all(self, reason: str) -> None:
-        for claim in self.claims:
-            self.drop(claim, reason)
-
-    def reason(self, claim: Claim) -> str | None:
-        """Why the job isn't wanted; None while it is."""
-        return self._reasons.get(claim.job.id)
 
 
 class Worker:
     """Takes jobs until it is told to stop."""
 
-    def __init__(self, settings: WorkerSettings, pipeline: Pipeline, channel: Channel) -> None:
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        pipeline: Pipeline,
+        channel: Channel,
+        cache: StageCache | None = None,
+    ) -> None:
+        """cache: the pipeline's, where it has one, for its counts."""
         self._settings, self._pipeline, self._channel = settings, pipeline, channel
+        self._cache = cache
         folder = Path(settings.data_dir)
         self._engine = open_database(database_url(settings.database_url, folder))
         self._queue = WorkQueue(self._engine, max_attempts=settings.max_attempts)
@@ -113,7 +63,7 @@ class Worker:
         self._times = StageTimes()
         self._wake = threading.Event()  # something may have changed: look
         self._stopping = False
-        self._current: _Work | None = None
+        self._current: Work | None = None
 
     def listen(self, messages: Iterator[dict[str, Any]]) -> None:
         """Hear the supervisor until it is gone; run in a thread of its own."""
@@ -150,7 +100,7 @@ class Worker:
             states = self._do(claims)
             seconds = (time.monotonic() - started_s) / len(claims)
             for claim, state in zip(claims, states, strict=True):
-                self._channel.send(ended=claim.job.id, state=state, seconds=seconds, batch=len(claims))
+                self._channel.send(ended=claim.job.id, state=state, seconds=seconds)
         self._engine.dispose()
 
     def _take(self) -> list[Claim]:
@@ -167,7 +117,7 @@ class Worker:
 
     def _do(self, claims: Sequence[Claim]) -> list[str]:
         """How each job ended. Those of a batch that failed are put back, to be done alone."""
-        work = _Work(claims)
+        work = Work(claims)
         if claims[0].job.kind == "video" and not self._settings.pipeline.low_memory:
             work.previews = Previews(self._pipeline.preview, partial(self._send_preview, work))
         self._current = work
@@ -195,6 +145,7 @@ class Worker:
             work.done.set()
             heart.join()
             self._current = None
+            self._channel.send(measures=self._measures(work))
         for claim in claims:
             work.drop(claim, "to be alone")
         return [self._stopped(claim, work) for claim in claims]
@@ -206,7 +157,7 @@ class Worker:
         self._pipeline.encode_photo(photo, face_index=claim.job.request["face_index"])
         return self._queue.complete(claim).value
 
-    def _make(self, work: _Work, progress: JobProgress) -> list[str]:
+    def _make(self, work: Work, progress: JobProgress) -> list[str]:
         from proteus_deploy.request import GenerateRequest
 
         requests = [
@@ -223,17 +174,27 @@ class Worker:
         seconds = round(time.monotonic() - started_s, 4)
         facts: dict[str, object] = {"seconds": seconds, "batch": len(videos)}
         facts |= {"stage_seconds": progress.seconds}
+        shown_s = sum(video.frames.shape[1] / video.fps for video in videos)
+        work.measures = {**facts, "steps": progress.steps, "video_seconds": shown_s}
         return [
             self._stopped(claim, work) if work.reason(claim) else self._publish(claim, video, facts)
             for claim, video in zip(work.claims, videos, strict=True)
         ]
 
-    def _on_step(self, work: _Work, progress: JobProgress, event: StepEvent) -> None:
+    def _measures(self, work: Work) -> dict[str, Any]:
+        """For the server's metrics: of the work, and of this process."""
+        found = {**work.measures, "resident_bytes": resident_bytes()}
+        if self._cache is not None:
+            counts = self._cache.counts
+            found |= {"cache_hits": counts.hits, "cache_misses": counts.misses, "cache_bytes": counts.bytes}
+        return found
+
+    def _on_step(self, work: Work, progress: JobProgress, event: StepEvent) -> None:
         progress.on_step(event)
         if work.previews is not None:
             work.previews.on_step(event)
 
-    def _send_preview(self, work: _Work, row: int, picture: str) -> None:
+    def _send_preview(self, work: Work, row: int, picture: str) -> None:
         self._channel.send(job=work.claims[row].job.id, preview=picture)
 
     def _publish(self, claim: Claim, video: Video, facts: Mapping[str, object]) -> str:
@@ -255,12 +216,12 @@ class Worker:
         if self._settings.provenance:
             mark_generated(path)
 
-    def _tell(self, work: _Work, news: dict[str, Any]) -> None:
+    def _tell(self, work: Work, news: dict[str, Any]) -> None:
         for claim in work.claims:
             if work.reason(claim) is None:
                 self._channel.send(job=claim.job.id, attempt=claim.attempt, progress=news)
 
-    def _beat(self, work: _Work, progress: JobProgress) -> None:
+    def _beat(self, work: Work, progress: JobProgress) -> None:
         """Renew the leases, and see which jobs have to stop."""
         settings = self._settings
         renew_s = min(settings.lease_s / 3, 5.0)
@@ -276,7 +237,7 @@ class Worker:
                 if work.reason(claim) != "lost":
                     self._renew(work, claim, progress)
 
-    def _renew(self, work: _Work, claim: Claim, progress: JobProgress) -> None:
+    def _renew(self, work: Work, claim: Claim, progress: JobProgress) -> None:
         try:
             if self._queue.renew(claim, lease_s=self._settings.lease_s, progress=progress.latest or None):
                 work.drop(claim, "cancelled")
@@ -286,7 +247,7 @@ class Worker:
             # The lease may still hold when the database is back; if not, the next renewal says so.
             _log.warning("the lease of job %s is not renewed: %s", claim.job.id, error.orig)
 
-    def _stopped(self, claim: Claim, work: _Work) -> str:
+    def _stopped(self, claim: Claim, work: Work) -> str:
         reason = work.reason(claim)
         try:
             if reason == "cancelled":
@@ -311,16 +272,6 @@ class Worker:
         return JobState.FAILED.value
 
 
-def request_fields(document: Any) -> dict[str, Any]:
-    """The fields of a GenerateRequest from a job's JSON."""
-    from proteus_deploy.policies.plan import plan_from_json
-
-    fields = {name: value for name, value in document.items() if name != "character"}
-    if fields.get("plan") is not None:
-        fields["plan"] = plan_from_json(fields["plan"])
-    return fields
-
-
 def main(descriptor: int) -> int:
     """The process: settings come as the first message; says `ready`, `refused` or `died` and why."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server says what to do
@@ -329,12 +280,15 @@ def main(descriptor: int) -> int:
     first = next(messages, None)
     if first is None:
         return 1
+    from proteus_deploy.stage_cache import StageCache
+
     settings = WorkerSettings.from_json(first)
     try:
-        with open_pipeline(settings.pipeline, settings.cache_bytes) as pipeline:
+        cache = StageCache(settings.cache_bytes) if settings.cache_bytes else None
+        with open_pipeline(settings.pipeline, cache) as pipeline:
             if settings.warm_up:
                 warm_up(pipeline)
-            worker = Worker(settings, pipeline, channel)
+            worker = Worker(settings, pipeline, channel, cache)
             threading.Thread(target=worker.listen, args=(messages,), daemon=True).start()
             channel.send(ready=settings.name, backend=pipeline.backend.name)
             worker.run()

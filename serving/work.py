@@ -1,0 +1,39 @@
+"""The jobs that a worker has at hand, one or a batch, and why one of them isn't wanted any more."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from proteus_deploy.serving.jobs import Claim
+
+if TYPE_CHECKING:
+    from proteus_deploy.serving.previews import Previews
+
+__all__ = ["Work"]
+
+
+class Work:
+    """The jobs at hand. The pipeline is stopped when none of them is wanted any more."""
+
+    def __init__(self, claims: Sequence[Claim]) -> None:
+        self.claims = tuple(claims)
+        self.stop, self.done = threading.Event(), threading.Event()
+        self.previews: Previews | None = None
+        self.measures: dict[str, Any] = {}  # of a batch that was made
+        self._reasons: dict[str, str] = {}
+
+    def drop(self, claim: Claim, reason: str) -> None:
+        """Why a job isn't wanted; the first reason counts."""
+        self._reasons.setdefault(claim.job.id, reason)
+        if len(self._reasons) == len(self.claims):
+            self.stop.set()
+
+    def drop_all(self, reason: str) -> None:
+        for claim in self.claims:
+            self.drop(claim, reason)
+
+    def reason(self, claim: Claim) -> str | None:
+        """Why the job isn't wanted; None while it is."""
+        return self._reasons.get(claim.job.id)
