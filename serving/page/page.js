@@ -82,6 +82,7 @@ async function submit(form, photo) {
   const video = await askJson("v1/videos", { method: "POST", body: form });
   if (photo) photos.set(video.id, photo);
   show(video, true);
+  cards.get(video.id).scrollIntoView({ block: "nearest" });
   follow(video.id);
   return video;
 }

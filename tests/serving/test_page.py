@@ -81,15 +81,14 @@ class Visitor:
         """The card, once its video can be played."""
         card = self.card(index)
         card.locator("video").wait_for(timeout=120_000)
-        self.page.wait_for_function(
-            "video => video.duration > 0 && video.videoWidth > 0", arg=card.locator("video").element_handle()
-        )
+        playwright.expect(card.locator("video")).to_have_js_property("readyState", 4)
         return card
 
     def shot(self, name: str, **how: Any) -> None:
         folder = os.environ.get("PROTEUS_SCREENSHOTS")
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
+            self.page.evaluate("scrollTo(0, 0)")
             self.page.screenshot(path=f"{folder}/{name}.png", **how)
 
 
@@ -130,7 +129,7 @@ def test_people_plans_comparing_and_cancelling(browser: Any, server: Server, pho
     page.get_by_text("Register this photo for later videos").click()
     page.get_by_label("Name").fill("Anna")
     page.get_by_role("button", name="Register").click()
-    page.wait_for_function("document.querySelector('#character').selectedOptions[0].text === 'Anna'")
+    playwright.expect(page.locator("#character option:checked")).to_have_text("Anna")
     assert page.locator("#photo-shown").is_hidden(), "a video has one person"
     page.get_by_label("What happens").fill("a person nods")
     page.get_by_text("Size, steps, seed, plan").click()
@@ -141,13 +140,13 @@ def test_people_plans_comparing_and_cancelling(browser: Any, server: Server, pho
     make.click()
     assert "under a plan" in visitor.finished().inner_text()
     visitor.card().get_by_role("button", name="Make the exact one too").click()
-    page.wait_for_function("document.querySelectorAll('.card video:not([hidden])').length >= 2")
+    playwright.expect(visitor.card(1).get_by_text("under a plan")).to_be_visible()
     visitor.finished()
     for index in (0, 1):
         visitor.card(index).get_by_role("button", name="Compare").click()
     page.locator("#comparison").wait_for()
     page.get_by_role("button", name="Play both").click()
-    page.wait_for_function("document.querySelector('#right').currentTime > 0")
+    playwright.expect(page.locator("#right")).not_to_have_js_property("currentTime", 0)
     visitor.shot("page")
     page.get_by_label("Plan (JSON)").fill("")
     page.get_by_label("Steps").fill("1000")
@@ -161,7 +160,7 @@ def test_people_plans_comparing_and_cancelling(browser: Any, server: Server, pho
     make.click()
     page.get_by_role("alert").get_by_text("num_inference_steps is 0").wait_for()
     page.get_by_role("button", name="Forget").click()
-    page.wait_for_function("document.querySelector('#character').options.length === 1")
+    playwright.expect(page.locator("#character option")).to_have_count(1)
 
 
 def test_on_a_phone(browser: Any, server: Server) -> None:
@@ -169,8 +168,8 @@ def test_on_a_phone(browser: Any, server: Server) -> None:
     visitor = Visitor(
         browser, server.url, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True
     )
-    visitor.finished()
     page = visitor.page
+    page.locator(".card video:not([hidden])").first.wait_for()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     heights = page.eval_on_selector_all(
         "button", "all => all.filter(b => b.offsetParent).map(b => b.getBoundingClientRect().height)"
