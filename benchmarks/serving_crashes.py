@@ -1,7 +1,7 @@
 """Is an accepted job ever lost, made twice, or left half done?
 
     python -m proteus_deploy.benchmarks.serving_crashes --json FILE [--jobs 200] [--kills 30]
-        [--database-url postgresql://…]
+        [--postgresql]
 
 A server with the tiny model gets jobs, while it or its worker is killed with SIGKILL at random moments, also
 while it starts. A client whose connection breaks asks again with the same idempotency key. In the end every
@@ -22,12 +22,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from proteus_deploy._files import check_writable, write_json
 from proteus_deploy.benchmarks.machine import describe_commit, describe_machine, describe_versions
+from proteus_deploy.benchmarks.postgresql_server import postgresql_server
 from proteus_deploy.benchmarks.serving_server import (
     ServerProcess,
     ask,
@@ -148,16 +150,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=200)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--database-url", help="an empty PostgreSQL database; default: SQLite")
+    parser.add_argument(
+        "--postgresql", action="store_true", help="on a PostgreSQL server started here; default: SQLite"
+    )
     options = parser.parse_args(arguments)
     check_writable(options.json)
 
     def report(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    with tempfile.TemporaryDirectory() as temporary:
-        url = ["--database-url", options.database_url] if options.database_url else []
-        flags = ["--no-warm-up", *url]
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        url = stack.enter_context(postgresql_server())() if options.postgresql else None
+        flags = ["--no-warm-up", *(() if url is None else ("--database-url", url))]
         server = ServerProcess(MODEL, Path(temporary), ["--max-attempts", "1000", *flags])
         trial = _Trial(server, random.Random(options.seed))
         began_s = time.monotonic()
@@ -167,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         client.start()
         trial.disturb(options.kills, report)
         client.join()
-        engine = open_database(database_url(options.database_url, server.data_dir))
+        engine = open_database(database_url(url, server.data_dir))
         store = JobStore(engine)
         while left := sum(store.counts()[state][0] for state in ("queued", "running")):
             report(f"{left} jobs left")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-import os
-import pwd
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +17,6 @@ if TYPE_CHECKING:
     from fastapi.testclient import TestClient
 
     from proteus_deploy.serving.service import Service
-
-_SEARCHED = ("/usr/local/bin", "/usr/lib/postgresql/15/bin", "/usr/lib/postgresql/16/bin")
-_numbers = itertools.count()
 
 
 class Server:
@@ -70,61 +63,17 @@ def serve_process() -> type[Server]:
 
 
 @pytest.fixture(scope="session")
-def postgresql_socket() -> Iterator[Path]:
-    """The folder of the socket of a PostgreSQL server that lives as long as the tests."""
-    path = os.pathsep.join((os.environ.get("PATH", ""), *_SEARCHED))
-    initdb, server = shutil.which("initdb", path=path), shutil.which("postgres", path=path)
-    if initdb is None or server is None:
-        pytest.skip("initdb and postgres are not installed on this machine")
-    pytest.importorskip("psycopg", reason="psycopg isn't installed: proteus-deploy[serve-postgresql]")
-    # The server refuses to run as root. Socket paths are short (107 bytes), pytest's folders are not.
-    user = pwd.getpwnam("nobody") if os.getuid() == 0 else None
-    folder = Path(tempfile.mkdtemp(prefix="pg-"))
-    identity = {} if user is None else {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-    process: subprocess.Popen[bytes] | None = None
-    try:
-        if user is not None:
-            os.chown(folder, user.pw_uid, user.pw_gid)
-        environment = {**os.environ, "LC_ALL": "C.UTF-8"}
-        subprocess.run(
-            [initdb, "--pgdata", str(folder / "data"), "--username", "jobs", "--auth", "trust", "--no-sync"],
-            check=True,
-            capture_output=True,
-            cwd=folder,
-            env=environment,
-            **identity,  # type: ignore[call-overload]
-        )
-        with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(
-                [server, "-D", str(folder / "data"), "-k", str(folder), "-c", "listen_addresses="],
-                stdout=log,
-                stderr=log,
-                cwd=folder,
-                env=environment,
-                **identity,  # type: ignore[call-overload]
-            )
-        _wait_for(folder, process)
-        yield folder
-    finally:
-        if process is not None:
-            process.send_signal(signal.SIGINT)  # SIGTERM would wait for idle clients
-            process.wait(timeout=30)
-        shutil.rmtree(folder)
+def new_postgresql() -> Iterator[Callable[[], str]]:
+    """URLs of empty databases on a PostgreSQL server that lives as long as the tests."""
+    from proteus_deploy.benchmarks.postgresql_server import postgresql_server
+    from proteus_deploy.errors import BackendError
 
-
-def _wait_for(folder: Path, process: subprocess.Popen[bytes]) -> None:
-    import time
-
-    import psycopg
-
-    while True:
-        assert process.poll() is None, (folder / "log").read_text()
+    with ExitStack() as stack:
         try:
-            psycopg.connect(host=str(folder), user="jobs", dbname="postgres").close()
-        except psycopg.OperationalError:
-            time.sleep(0.05)
-        else:
-            return
+            new_database = stack.enter_context(postgresql_server())
+        except BackendError as error:
+            pytest.skip(str(error))
+        yield new_database
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -132,13 +81,8 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of an empty database."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/jobs.sqlite"
-    import psycopg
-
-    folder = request.getfixturevalue("postgresql_socket")
-    name = f"jobs{next(_numbers)}"
-    with psycopg.connect(host=str(folder), user="jobs", dbname="postgres", autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}".encode())
-    return f"postgresql://jobs@/{name}?host={folder}"
+    url: str = request.getfixturevalue("new_postgresql")()
+    return url
 
 
 @pytest.fixture(scope="session")
