@@ -11,7 +11,8 @@ import pytest
 
 from proteus_deploy.benchmarks import bench_report, readme_table, recipe_table
 
-NAMES = ("bench_mini",)  # benchmarks/results/NAME.json, shown between <!-- NAME --> and <!-- /NAME -->
+# benchmarks/results/NAME.json, shown between <!-- NAME --> and <!-- /NAME -->
+NAMES = ("bench_mini", "bench_mini_quantised")
 
 
 def shown(page: str, name: str) -> str | None:
