@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import Depends, Header, Request
+from fastapi import Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from proteus_deploy.serving.answers import ApiError
 from proteus_deploy.serving.service import Service
@@ -20,9 +21,12 @@ def _service(request: Request) -> Service:
 ServiceOf = Annotated[Service, Depends(_service)]
 
 
-def _owner(service: ServiceOf, authorization: Annotated[str | None, Header()] = None) -> str:
+_bearer = HTTPBearer(auto_error=False, description="a key of the server's file, where it has one")
+
+
+def _owner(service: ServiceOf, sent: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> str:
     """Whose request it is."""
-    owner = service.keys.owner(authorization)
+    owner = service.keys.owner(None if sent is None else f"{sent.scheme} {sent.credentials}")
     if owner is None:
         raise ApiError(
             401,

@@ -11,11 +11,21 @@ from typing import Annotated, Any, Literal
 
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, Header, Query, Request, Response
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 
 from proteus_deploy import __version__
 from proteus_deploy.serving.access import OwnerOf, ServiceOf
 from proteus_deploy.serving.answers import ApiError, add_error_handlers
+from proteus_deploy.serving.api_document import (
+    Deleted,
+    ModelObject,
+    ModelPage,
+    VideoObject,
+    VideoPage,
+    answers,
+    describe_api,
+    errors,
+)
 from proteus_deploy.serving.body_limit import BodyLimit
 from proteus_deploy.serving.character_routes import add_character_routes, with_character
 from proteus_deploy.serving.create_video import CreateVideo, make_order, read_body
@@ -37,6 +47,16 @@ _CREATE_BODY = {
         "content": {"application/json": {"schema": _SCHEMA}, "multipart/form-data": {"schema": _SCHEMA}},
     }
 }
+_MP4: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"video/mp4": {}}, "description": "The mp4"},
+    206: {"content": {"video/mp4": {}}, "description": "The part of it that `Range` asked for"},
+}
+
+
+class _EventStream(StreamingResponse):
+    media_type = "text/event-stream"
+
+
 _IdempotencyKey = Annotated[str | None, Header(max_length=255)]
 
 
@@ -56,6 +76,7 @@ def create_app(service: Service) -> FastAPI:
     _add_job_routes(app)
     add_character_routes(app)
     add_page_routes(app)
+    describe_api(app)
     _add_other_routes(app)
     return app
 
@@ -99,7 +120,9 @@ def _show(service: Service, owner: str, job_id: str) -> dict[str, Any]:
 
 
 def _add_create_routes(app: FastAPI) -> None:
-    @app.post("/v1/videos", openapi_extra=_CREATE_BODY)
+    made = answers(VideoObject, creating=True)
+
+    @app.post("/v1/videos", openapi_extra=_CREATE_BODY, responses=made)
     async def create(
         request: Request, service: ServiceOf, owner: OwnerOf, idempotency_key: _IdempotencyKey = None
     ) -> JSONResponse:
@@ -107,7 +130,12 @@ def _add_create_routes(app: FastAPI) -> None:
         job = await _submit(service, owner, request, idempotency_key)
         return JSONResponse(video_object(service, job))
 
-    @app.post("/v1/videos/sync", openapi_extra=_CREATE_BODY, response_class=FileResponse)
+    @app.post(
+        "/v1/videos/sync",
+        openapi_extra=_CREATE_BODY,
+        response_class=FileResponse,
+        responses=_MP4 | errors(500, 504, creating=True),
+    )
     async def create_and_wait(
         request: Request, service: ServiceOf, owner: OwnerOf, idempotency_key: _IdempotencyKey = None
     ) -> Response:
@@ -127,7 +155,7 @@ def _add_create_routes(app: FastAPI) -> None:
 
 
 def _add_job_routes(app: FastAPI) -> None:
-    @app.get("/v1/videos")
+    @app.get("/v1/videos", responses=answers(VideoPage, 404))
     def page(
         service: ServiceOf,
         owner: OwnerOf,
@@ -141,23 +169,27 @@ def _add_job_routes(app: FastAPI) -> None:
         first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
         return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": more}
 
-    @app.get("/v1/videos/{video_id}")
+    @app.get("/v1/videos/{video_id}", responses=answers(VideoObject, 404))
     def get(video_id: str, service: ServiceOf, owner: OwnerOf) -> dict[str, Any]:
         """How far a video is."""
         return _show(service, owner, video_id)
 
-    @app.delete("/v1/videos/{video_id}")
+    @app.delete("/v1/videos/{video_id}", responses=answers(Deleted, 404))
     def delete(video_id: str, service: ServiceOf, owner: OwnerOf) -> dict[str, Any]:
         """Remove a video; one that is being made is cancelled."""
         service.delete(video_id, owner)
         return {"id": video_id, "object": "video.deleted", "deleted": True}
 
-    @app.post("/v1/videos/{video_id}/cancel")
+    @app.post("/v1/videos/{video_id}/cancel", responses=answers(VideoObject, 404, 409))
     def cancel(video_id: str, service: ServiceOf, owner: OwnerOf) -> dict[str, Any]:
         """Stop a video that waits or is being made, within one step or tile."""
         return video_object(service, service.cancel(video_id, owner))
 
-    @app.get("/v1/videos/{video_id}/content", response_class=FileResponse)
+    @app.get(
+        "/v1/videos/{video_id}/content",
+        response_class=FileResponse,
+        responses=_MP4 | errors(400, 404, 409, 416, 500, 504),
+    )
     def content(video_id: str, service: ServiceOf, owner: OwnerOf, variant: str = "video") -> Response:
         """The mp4; `Range` is honoured."""
         if variant != "video":
@@ -165,7 +197,7 @@ def _add_job_routes(app: FastAPI) -> None:
             raise ApiError(400, text, param="variant", code="invalid_value")
         return _content(service, service.store.get(video_id, owner))
 
-    @app.get("/v1/videos/{video_id}/events")
+    @app.get("/v1/videos/{video_id}/events", response_class=_EventStream, responses=errors(404))
     async def events(
         video_id: str, service: ServiceOf, owner: OwnerOf, preview: bool = False
     ) -> StreamingResponse:
@@ -175,9 +207,8 @@ def _add_job_routes(app: FastAPI) -> None:
         """
         await run_sync(service.store.get, video_id, owner)  # 404 before the stream begins
         stream = _events(service, owner, video_id, preview=preview)
-        return StreamingResponse(
+        return _EventStream(
             stream,
-            media_type="text/event-stream",
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
 
@@ -265,12 +296,12 @@ def _add_other_routes(app: FastAPI) -> None:
         name = service.settings.model_name
         return {"id": name, "object": "model", "created": 0, "owned_by": "proteus-deploy"}
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=answers(ModelPage))
     def models(service: ServiceOf, _: OwnerOf) -> dict[str, Any]:
         """The one model that is served."""
         return {"object": "list", "data": [model(service)]}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name}", responses=answers(ModelObject, 404))
     def one_model(name: str, service: ServiceOf, _: OwnerOf) -> dict[str, Any]:
         """The model, by its name."""
         if name != service.settings.model_name:
@@ -282,14 +313,14 @@ def _add_other_routes(app: FastAPI) -> None:
         """The web process lives."""
         return {"status": "ok"}
 
-    @app.get("/readyz")
+    @app.get("/readyz", responses={503: {"description": "Not yet"}})
     async def readyz(service: ServiceOf) -> JSONResponse:
         """A worker has its pipeline in memory and the server takes jobs."""
         ready = service.supervisor.ready if not service.stopping.is_set() else 0
         document = {"status": "ready" if ready else "not ready", "workers_ready": ready}
         return JSONResponse(document, status_code=200 if ready else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     def metrics(service: ServiceOf) -> Response:
         """Prometheus metrics."""
         return Response(metrics_text(service), media_type="text/plain; version=0.0.4")

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 
 from proteus_deploy.serving.access import OwnerOf, ServiceOf
 from proteus_deploy.serving.answers import ApiError
+from proteus_deploy.serving.api_document import CharacterObject, CharacterPage, Deleted, answers
 from proteus_deploy.serving.create_video import CreateCharacter, CreateVideo, read_body
 
 if TYPE_CHECKING:
@@ -53,7 +54,9 @@ def with_character(
 def add_character_routes(app: FastAPI) -> None:
     """Register a person, look at them, forget them."""
 
-    @app.post("/v1/characters", openapi_extra=_CREATE_BODY)
+    made = answers(CharacterObject, 400, 413, 415)
+
+    @app.post("/v1/characters", openapi_extra=_CREATE_BODY, responses=made)
     async def register(request: Request, service: ServiceOf, owner: OwnerOf) -> JSONResponse:
         """Keep a photo; a worker finds the face and encodes it, before all videos that wait."""
         from proteus_deploy.identity.photo import open_photo
@@ -83,7 +86,7 @@ def add_character_routes(app: FastAPI) -> None:
             raise ApiError(400, character.failure.message, param="input_reference", code="invalid_value")
         return JSONResponse(character.to_json())
 
-    @app.get("/v1/characters")
+    @app.get("/v1/characters", responses=answers(CharacterPage, 404))
     def page(
         service: ServiceOf,
         owner: OwnerOf,
@@ -96,12 +99,12 @@ def add_character_routes(app: FastAPI) -> None:
         first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
         return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": more}
 
-    @app.get("/v1/characters/{character_id}")
+    @app.get("/v1/characters/{character_id}", responses=answers(CharacterObject, 404))
     def get(character_id: str, service: ServiceOf, owner: OwnerOf) -> dict[str, Any]:
         """Whether the photo is encoded, or why it can't be."""
         return service.characters.get(character_id, owner).to_json()
 
-    @app.delete("/v1/characters/{character_id}")
+    @app.delete("/v1/characters/{character_id}", responses=answers(Deleted, 404))
     def delete(character_id: str, service: ServiceOf, owner: OwnerOf) -> dict[str, Any]:
         """Forget the person and the photo; videos that were asked for are still made."""
         service.characters.delete(character_id, owner)

@@ -1,0 +1,106 @@
+"""The API's own description, held to what it answers; schemathesis makes the requests."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+from unittest import SkipTest
+
+import pytest
+import schemathesis
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
+from pydantic import BaseModel
+from schemathesis import GenerationMode
+from schemathesis.core.result import Ok
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from proteus_deploy.serving.api_document import (
+    CharacterObject,
+    CharacterPage,
+    ErrorBody,
+    ModelPage,
+    VideoObject,
+    VideoPage,
+)
+from proteus_deploy.serving.app import create_app
+from proteus_deploy.serving.service import Service
+
+CHECKS = (
+    schemathesis.checks.not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+)
+
+SETTINGS = settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+    database=None,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["valid", "invalid"])
+def test_requests_by_the_document(service: Service, mode: GenerationMode) -> None:
+    service.stopping.set()  # nobody makes videos here: what is asked for is refused with 503, not waited for
+    schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(service))
+    operations = [result.ok() for result in schema.get_all_operations() if isinstance(result, Ok)]
+    assert len(operations) > 14
+    for operation in operations:
+
+        @settings(SETTINGS)
+        @given(operation.as_strategy(generation_mode=mode))
+        def every_case(case: Any) -> None:
+            answer = case.call()
+            # A server that is stopping says so; that is the one 5xx it may give.
+            stopping = answer.status_code == 503 and answer.json().get("error", {}).get("code") == "stopping"
+            getting_ready = case.path == "/readyz" and answer.status_code == 503
+            checks = CHECKS[1:] if stopping or getting_ready else CHECKS
+            case.validate_response(answer, checks=checks)
+
+        with contextlib.suppress(Unsatisfiable, SkipTest):  # nothing about it can be wrong
+            every_case()
+
+
+def _holds(model: type[BaseModel], answer: Any) -> None:
+    model.model_validate(answer.json(), strict=True)
+
+
+def test_answers_are_what_the_document_says(
+    client: TestClient, service: Service, create: Any, drawn_photo: bytes
+) -> None:
+    made = create(plan='{"step_cache": {"kind": "schedule", "total": 2, "steps": [0], "reuse": "clean"}}')
+    _holds(VideoObject, made)
+    files = {"input_reference": ("photo.png", drawn_photo, "image/png")}
+    character = client.post("/v1/characters", data={"name": "Anna"}, files=files)
+    _holds(CharacterObject, character)
+    for route, model in (
+        ("/v1/videos", VideoPage),
+        ("/v1/characters", CharacterPage),
+        ("/v1/models", ModelPage),
+        (f"/v1/videos/{made.json()['id']}", VideoObject),
+        (f"/v1/characters/{character.json()['id']}", CharacterObject),
+        ("/v1/videos/nothing", ErrorBody),
+        ("/v1/videos?limit=0", ErrorBody),
+    ):
+        _holds(model, client.get(route))
+
+
+def test_the_document_knows_the_errors_and_the_key(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert "422" not in operation["responses"], path
+            if path.startswith("/v1/"):
+                assert operation["security"] == [{"HTTPBearer": []}], path
+                assert "401" in operation["responses"], path
+    assert "HTTPValidationError" not in document["components"]["schemas"]
+    assert document["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
