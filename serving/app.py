@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from functools import partial
 from typing import Annotated, Any, Literal
 
 from anyio.to_thread import run_sync
@@ -27,18 +22,17 @@ from proteus_deploy.serving.api_document import (
     errors,
 )
 from proteus_deploy.serving.body_limit import BodyLimit
-from proteus_deploy.serving.character_routes import add_character_routes, with_character
-from proteus_deploy.serving.create_video import CreateVideo, make_order, read_body
-from proteus_deploy.serving.jobs import Job, JobNotFound, JobState, NotCancellable
+from proteus_deploy.serving.character_routes import add_character_routes
+from proteus_deploy.serving.create_video import CreateVideo, read_body
+from proteus_deploy.serving.following import job_events, shown_job
+from proteus_deploy.serving.kserve_routes import add_kserve_routes
 from proteus_deploy.serving.metrics import metrics_text
 from proteus_deploy.serving.page_routes import add_page_routes
 from proteus_deploy.serving.service import Service
+from proteus_deploy.serving.submission import submit, video_file, wait_for
 from proteus_deploy.serving.video_object import video_object
 
 __all__ = ["create_app"]
-
-# Memory is looked at often, the database now and then.
-_LOOK_S, _QUERY_S, _KEEP_ALIVE_S = 0.1, 1.0, 15.0
 
 _SCHEMA = CreateVideo.model_json_schema()
 _CREATE_BODY = {
@@ -75,48 +69,11 @@ def create_app(service: Service) -> FastAPI:
     _add_create_routes(app)
     _add_job_routes(app)
     add_character_routes(app)
+    add_kserve_routes(app)
     add_page_routes(app)
     describe_api(app)
     _add_other_routes(app)
     return app
-
-
-async def _submit(service: Service, owner: str, request: Request, key: str | None) -> Job:
-    if service.stopping.is_set():
-        raise ApiError(
-            503, "the server is stopping; try again", code="stopping", headers={"Retry-After": "10"}
-        )
-    body, photo = await read_body(request, CreateVideo)
-    name = service.settings.model_name
-    if body.model not in (None, name):
-        text = f"the model {body.model!r} is not served; this server has {name!r}"
-        raise ApiError(404, text, param="model", code="model_not_found")
-    whole, photo = await run_sync(with_character, service, owner, body, photo)
-    pixels = service.settings.max_pixels
-    order = await run_sync(partial(make_order, whole, photo, service.config, pixels, service.table))
-    # A seed that was drawn must not tell a repeated request from the first.
-    job, _ = await run_sync(
-        partial(
-            service.store.submit,
-            owner,
-            order.request,
-            photo=order.photo,
-            cost=order.cost,
-            deadline_s=order.timeout_s,
-            idempotency_key=key,
-            asked=body.model_dump() | {"input_reference": None},
-            batch_key=order.batch_key,
-            max_waiting_cost=await run_sync(service.max_waiting_cost),
-        )
-    )
-    service.supervisor.wake()
-    return job
-
-
-def _show(service: Service, owner: str, job_id: str) -> dict[str, Any]:
-    job = service.store.get(job_id, owner)
-    position = service.store.position(job) if job.state is JobState.QUEUED else None
-    return video_object(service, job, position=position)
 
 
 def _add_create_routes(app: FastAPI) -> None:
@@ -127,7 +84,7 @@ def _add_create_routes(app: FastAPI) -> None:
         request: Request, service: ServiceOf, owner: OwnerOf, idempotency_key: _IdempotencyKey = None
     ) -> JSONResponse:
         """Put a video in the queue; it is on the disk when this answers."""
-        job = await _submit(service, owner, request, idempotency_key)
+        job = await submit(service, owner, *await read_body(request, CreateVideo), idempotency_key)
         return JSONResponse(video_object(service, job))
 
     @app.post(
@@ -140,18 +97,9 @@ def _add_create_routes(app: FastAPI) -> None:
         request: Request, service: ServiceOf, owner: OwnerOf, idempotency_key: _IdempotencyKey = None
     ) -> Response:
         """Make a video and answer with its mp4; who goes away cancels it."""
-        job = await _submit(service, owner, request, idempotency_key)
-        with _news_of(service, job.id) as wait:
-            while not (job := await run_sync(service.store.get, job.id, owner)).state.finished:
-                if await request.is_disconnected():
-                    with contextlib.suppress(JobNotFound, NotCancellable):
-                        await run_sync(service.cancel, job.id, owner)
-                    return Response(status_code=499)
-                if service.stopping.is_set():
-                    text = f"the server is stopping; the video {job.id} is made when it runs again"
-                    raise ApiError(503, text, code="stopping")
-                await wait(_LOOK_S)
-        return _content(service, job)
+        job = await submit(service, owner, *await read_body(request, CreateVideo), idempotency_key)
+        done = await wait_for(service, owner, request, job)
+        return Response(status_code=499) if done is None else video_file(service, done)
 
 
 def _add_job_routes(app: FastAPI) -> None:
@@ -172,7 +120,7 @@ def _add_job_routes(app: FastAPI) -> None:
     @app.get("/v1/videos/{video_id}", responses=answers(VideoObject, 404))
     def get(video_id: str, service: ServiceOf, owner: OwnerOf) -> dict[str, Any]:
         """How far a video is."""
-        return _show(service, owner, video_id)
+        return shown_job(service, owner, video_id)
 
     @app.delete("/v1/videos/{video_id}", responses=answers(Deleted, 404))
     def delete(video_id: str, service: ServiceOf, owner: OwnerOf) -> dict[str, Any]:
@@ -195,7 +143,7 @@ def _add_job_routes(app: FastAPI) -> None:
         if variant != "video":
             text = f"variant is {variant!r}; this server has only 'video'"
             raise ApiError(400, text, param="variant", code="invalid_value")
-        return _content(service, service.store.get(video_id, owner))
+        return video_file(service, service.store.get(video_id, owner))
 
     @app.get("/v1/videos/{video_id}/events", response_class=_EventStream, responses=errors(404))
     async def events(
@@ -206,89 +154,11 @@ def _add_job_routes(app: FastAPI) -> None:
         preview: with a picture of the running step now and then, a data URL in `preview`.
         """
         await run_sync(service.store.get, video_id, owner)  # 404 before the stream begins
-        stream = _events(service, owner, video_id, preview=preview)
+        stream = job_events(service, owner, video_id, preview=preview)
         return _EventStream(
             stream,
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
-
-
-def _content(service: Service, job: Job) -> Response:
-    if job.result is None:
-        if job.failure is not None:
-            status = {"invalid_request": 400, "deadline_exceeded": 504}.get(job.failure.code, 500)
-            raise ApiError(status, job.failure.message, code=job.failure.code)
-        state = "cancelled" if job.state is JobState.CANCELLED else "not finished"
-        raise ApiError(409, f"the video {job.id} is {state}; there is no file", code="video_not_ready")
-    return FileResponse(
-        service.results.path(job.result.name),
-        media_type="video/mp4",
-        filename=f"{job.id}.mp4",
-        headers={
-            "ETag": f'"{job.result.sha256}"',
-            "X-Content-Type-Options": "nosniff",
-            "X-Video-Id": job.id,
-            "Cache-Control": "private",
-        },
-    )
-
-
-async def _events(service: Service, owner: str, job_id: str, *, preview: bool) -> AsyncIterator[str]:
-    if preview:
-        service.supervisor.watch(job_id)
-    try:
-        with _news_of(service, job_id) as wait:
-            async for event in _changes(service, owner, job_id, wait, preview=preview):
-                yield event
-    finally:
-        service.board.watch(job_id, looking=False)
-
-
-@contextlib.contextmanager
-def _news_of(service: Service, job_id: str) -> Iterator[Callable[[float], Awaitable[None]]]:
-    """wait(seconds) ends at once when there is news of the job."""
-    loop, happened = asyncio.get_running_loop(), asyncio.Event()
-
-    async def wait(seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await happened.wait()
-        happened.clear()
-
-    def call() -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(happened.set)
-
-    with service.board.listening(job_id, call):
-        yield wait
-
-
-async def _changes(
-    service: Service, owner: str, job_id: str, wait: Callable[[float], Awaitable[None]], *, preview: bool
-) -> AsyncIterator[str]:
-    last: dict[str, Any] | None = None
-    seen: tuple[Any, Any] = (None, None)
-    clock: Callable[[], float] = asyncio.get_running_loop().time
-    queried_s = spoke_s = float("-inf")
-    while not service.stopping.is_set():
-        news = (service.board.progress(job_id), service.board.preview(job_id) if preview else None)
-        if news[0] is not seen[0] or news[1] is not seen[1] or clock() - queried_s >= _QUERY_S:
-            try:
-                shown = await run_sync(_show, service, owner, job_id)
-            except JobNotFound:
-                return
-            if news[1] is not None and news[1] is not seen[1]:
-                shown["preview"] = news[1]
-            seen, queried_s = news, clock()
-            if shown != last:
-                last, spoke_s = shown, clock()
-                yield f"event: {shown['status']}\ndata: {json.dumps(shown)}\n\n"
-                if shown["status"] in ("completed", "failed", "cancelled"):
-                    return
-        if clock() - spoke_s > _KEEP_ALIVE_S:
-            spoke_s = clock()
-            yield ": still here\n\n"
-        await wait(_LOOK_S)
 
 
 def _add_other_routes(app: FastAPI) -> None:

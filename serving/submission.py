@@ -1,0 +1,92 @@
+"""From a checked body to a job in the queue, to its end, to the file."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from typing import TYPE_CHECKING
+
+from anyio.to_thread import run_sync
+from fastapi import Request
+from fastapi.responses import FileResponse
+
+from proteus_deploy.serving.answers import ApiError
+from proteus_deploy.serving.character_routes import with_character
+from proteus_deploy.serving.create_video import CreateVideo, make_order
+from proteus_deploy.serving.following import LOOK_S, news_of
+from proteus_deploy.serving.jobs import Job, JobNotFound, JobState, NotCancellable
+
+if TYPE_CHECKING:
+    from proteus_deploy.serving.service import Service
+
+__all__ = ["submit", "video_file", "wait_for"]
+
+
+async def submit(
+    service: Service, owner: str, body: CreateVideo, photo: bytes | None, key: str | None = None
+) -> Job:
+    """Check the request and put its job in the queue. Raises what becomes an answer: ApiError and others."""
+    if service.stopping.is_set():
+        raise ApiError(
+            503, "the server is stopping; try again", code="stopping", headers={"Retry-After": "10"}
+        )
+    name = service.settings.model_name
+    if body.model not in (None, name):
+        text = f"the model {body.model!r} is not served; this server has {name!r}"
+        raise ApiError(404, text, param="model", code="model_not_found")
+    whole, photo = await run_sync(with_character, service, owner, body, photo)
+    pixels = service.settings.max_pixels
+    order = await run_sync(partial(make_order, whole, photo, service.config, pixels, service.table))
+    # A seed that was drawn must not tell a repeated request from the first.
+    job, _ = await run_sync(
+        partial(
+            service.store.submit,
+            owner,
+            order.request,
+            photo=order.photo,
+            cost=order.cost,
+            deadline_s=order.timeout_s,
+            idempotency_key=key,
+            asked=body.model_dump() | {"input_reference": None},
+            batch_key=order.batch_key,
+            max_waiting_cost=await run_sync(service.max_waiting_cost),
+        )
+    )
+    service.supervisor.wake()
+    return job
+
+
+async def wait_for(service: Service, owner: str, request: Request, job: Job) -> Job | None:
+    """The finished job; None when the client went away, which cancels it. Raises ApiError when we stop."""
+    with news_of(service, job.id) as wait:
+        while not (job := await run_sync(service.store.get, job.id, owner)).state.finished:
+            if await request.is_disconnected():
+                with contextlib.suppress(JobNotFound, NotCancellable):
+                    await run_sync(service.cancel, job.id, owner)
+                return None
+            if service.stopping.is_set():
+                text = f"the server is stopping; the video {job.id} is made when it runs again"
+                raise ApiError(503, text, code="stopping")
+            await wait(LOOK_S)
+    return job
+
+
+def video_file(service: Service, job: Job) -> FileResponse:
+    """The mp4 of a job. Raises ApiError where there is none, with the job's own cause."""
+    if job.result is None:
+        if job.failure is not None:
+            status = {"invalid_request": 400, "deadline_exceeded": 504}.get(job.failure.code, 500)
+            raise ApiError(status, job.failure.message, code=job.failure.code)
+        state = "cancelled" if job.state is JobState.CANCELLED else "not finished"
+        raise ApiError(409, f"the video {job.id} is {state}; there is no file", code="video_not_ready")
+    return FileResponse(
+        service.results.path(job.result.name),
+        media_type="video/mp4",
+        filename=f"{job.id}.mp4",
+        headers={
+            "ETag": f'"{job.result.sha256}"',
+            "X-Content-Type-Options": "nosniff",
+            "X-Video-Id": job.id,
+            "Cache-Control": "private",
+        },
+    )
