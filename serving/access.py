@@ -8,9 +8,10 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from proteus_deploy.serving.answers import ApiError
+from proteus_deploy.serving.keys import Key
 from proteus_deploy.serving.service import Service
 
-__all__ = ["OwnerOf", "ServiceOf"]
+__all__ = ["KeyOf", "OwnerOf", "ServiceOf"]
 
 
 def _service(request: Request) -> Service:
@@ -24,17 +25,28 @@ ServiceOf = Annotated[Service, Depends(_service)]
 _bearer = HTTPBearer(auto_error=False, description="a key of the server's file, where it has one")
 
 
-def _owner(service: ServiceOf, sent: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> str:
-    """Whose request it is."""
-    owner = service.keys.owner(None if sent is None else f"{sent.scheme} {sent.credentials}")
-    if owner is None:
+def _key(
+    request: Request,
+    service: ServiceOf,
+    sent: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+) -> Key:
+    """Whose request it is, and whether the key may do that."""
+    key = service.keys.find(None if sent is None else f"{sent.scheme} {sent.credentials}")
+    if key is None:
         raise ApiError(
             401,
             "this server needs a key that it knows: Authorization: Bearer KEY",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
-    return owner
+    if key.read_only and request.method not in ("GET", "HEAD"):
+        raise ApiError(403, "this key may look and fetch, and change nothing", code="read_only_key")
+    return key
 
 
+def _owner(key: Annotated[Key, Depends(_key)]) -> str:
+    return key.name
+
+
+KeyOf = Annotated[Key, Depends(_key)]
 OwnerOf = Annotated[str, Depends(_owner)]

@@ -20,7 +20,7 @@ __all__ = ["ApiError", "add_error_handlers", "error_body"]
 
 _log = logging.getLogger(__name__)
 
-_KINDS = {401: "authentication_error", 404: "not_found_error", 409: "conflict_error"}
+_KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 409: "conflict_error"}
 _KINDS |= {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
 

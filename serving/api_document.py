@@ -153,6 +153,7 @@ class ModelPage(_Answer):
 _MEANINGS = {
     400: "Something in the request is wrong; `param` names the field",
     401: "The server needs an API key that it knows",
+    403: "The key may only look and fetch",
     404: "There is nothing of this id, or it is another key's",
     409: "Not in this state: not finished yet, finished already, or an idempotency key used twice",
     413: "The body is larger than the server takes",
@@ -163,7 +164,7 @@ _MEANINGS = {
     503: "The server is stopping",
     504: "The deadline passed before the video was finished",
 }
-_CREATING = (400, 401, 404, 409, 413, 415, 429, 503)
+_CREATING = (400, 403, 404, 409, 413, 415, 429, 503)
 
 
 def errors(*statuses: int, creating: bool = False) -> dict[int | str, dict[str, Any]]:

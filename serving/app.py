@@ -9,7 +9,7 @@ from fastapi import FastAPI, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 
 from proteus_deploy import __version__
-from proteus_deploy.serving.access import OwnerOf, ServiceOf
+from proteus_deploy.serving.access import KeyOf, OwnerOf, ServiceOf
 from proteus_deploy.serving.answers import ApiError, add_error_handlers
 from proteus_deploy.serving.api_document import (
     Deleted,
@@ -81,10 +81,10 @@ def _add_create_routes(app: FastAPI) -> None:
 
     @app.post("/v1/videos", openapi_extra=_CREATE_BODY, responses=made)
     async def create(
-        request: Request, service: ServiceOf, owner: OwnerOf, idempotency_key: _IdempotencyKey = None
+        request: Request, service: ServiceOf, key: KeyOf, idempotency_key: _IdempotencyKey = None
     ) -> JSONResponse:
         """Put a video in the queue; it is on the disk when this answers."""
-        job = await submit(service, owner, *await read_body(request, CreateVideo), idempotency_key)
+        job = await submit(service, key, *await read_body(request, CreateVideo), idempotency_key)
         return JSONResponse(video_object(service, job))
 
     @app.post(
@@ -94,11 +94,11 @@ def _add_create_routes(app: FastAPI) -> None:
         responses=_MP4 | errors(500, 504, creating=True),
     )
     async def create_and_wait(
-        request: Request, service: ServiceOf, owner: OwnerOf, idempotency_key: _IdempotencyKey = None
+        request: Request, service: ServiceOf, key: KeyOf, idempotency_key: _IdempotencyKey = None
     ) -> Response:
         """Make a video and answer with its mp4; who goes away cancels it."""
-        job = await submit(service, owner, *await read_body(request, CreateVideo), idempotency_key)
-        done = await wait_for(service, owner, request, job)
+        job = await submit(service, key, *await read_body(request, CreateVideo), idempotency_key)
+        done = await wait_for(service, key.name, request, job)
         return Response(status_code=499) if done is None else video_file(service, done)
 
 
@@ -122,13 +122,13 @@ def _add_job_routes(app: FastAPI) -> None:
         """How far a video is."""
         return shown_job(service, owner, video_id)
 
-    @app.delete("/v1/videos/{video_id}", responses=answers(Deleted, 404))
+    @app.delete("/v1/videos/{video_id}", responses=answers(Deleted, 403, 404))
     def delete(video_id: str, service: ServiceOf, owner: OwnerOf) -> dict[str, Any]:
         """Remove a video; one that is being made is cancelled."""
         service.delete(video_id, owner)
         return {"id": video_id, "object": "video.deleted", "deleted": True}
 
-    @app.post("/v1/videos/{video_id}/cancel", responses=answers(VideoObject, 404, 409))
+    @app.post("/v1/videos/{video_id}/cancel", responses=answers(VideoObject, 403, 404, 409))
     def cancel(video_id: str, service: ServiceOf, owner: OwnerOf) -> dict[str, Any]:
         """Stop a video that waits or is being made, within one step or tile."""
         return video_object(service, service.cancel(video_id, owner))

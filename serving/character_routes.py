@@ -54,7 +54,7 @@ def with_character(
 def add_character_routes(app: FastAPI) -> None:
     """Register a person, look at them, forget them."""
 
-    made = answers(CharacterObject, 400, 413, 415)
+    made = answers(CharacterObject, 400, 403, 413, 415)
 
     @app.post("/v1/characters", openapi_extra=_CREATE_BODY, responses=made)
     async def register(request: Request, service: ServiceOf, owner: OwnerOf) -> JSONResponse:
@@ -104,7 +104,7 @@ def add_character_routes(app: FastAPI) -> None:
         """Whether the photo is encoded, or why it can't be."""
         return service.characters.get(character_id, owner).to_json()
 
-    @app.delete("/v1/characters/{character_id}", responses=answers(Deleted, 404))
+    @app.delete("/v1/characters/{character_id}", responses=answers(Deleted, 403, 404))
     def delete(character_id: str, service: ServiceOf, owner: OwnerOf) -> dict[str, Any]:
         """Forget the person and the photo; videos that were asked for are still made."""
         service.characters.delete(character_id, owner)

@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from proteus_deploy import __version__
-from proteus_deploy.serving.access import OwnerOf, ServiceOf
+from proteus_deploy.serving.access import KeyOf, OwnerOf, ServiceOf
 from proteus_deploy.serving.answers import ApiError
 from proteus_deploy.serving.api_document import errors
 from proteus_deploy.serving.create_video import CreateVideo
@@ -148,12 +148,12 @@ def add_kserve_routes(app: FastAPI) -> None:
 
     @app.post("/v2/models/{name}/infer", responses=errors(500, 504, creating=True))
     async def infer(
-        name: str, request: Request, body: InferRequest, service: ServiceOf, owner: OwnerOf
+        name: str, request: Request, body: InferRequest, service: ServiceOf, key: KeyOf
     ) -> Response:
         """Make a video and answer with it."""
         check(service, name)
-        job = await submit(service, owner, *_body_of(body))
-        done = await wait_for(service, owner, request, job)
+        job = await submit(service, key, *_body_of(body))
+        done = await wait_for(service, key.name, request, job)
         if done is None:
             return Response(status_code=499)
         path = video_file(service, done).path

@@ -65,12 +65,14 @@ class JobStore(WorkQueue):
         asked: Mapping[str, Any] | None = None,
         batch_key: str | None = None,
         max_waiting_cost: float | None = None,
+        max_own_queued: int | None = None,
     ) -> tuple[Job, bool]:
         """(the job, whether it is new). On the disk when this returns.
 
         deadline_s: seconds from now. idempotency_key: of this owner; with the same request it gives the job
         that it gave before. asked: what the client wrote, by which requests are compared, where the request
         holds more (a seed that was drawn). max_waiting_cost: of the jobs that wait already, None for any.
+        max_own_queued: jobs of this owner that may wait.
         Raises IdempotencyConflict for another request, QueueFull.
         """
         digest, now = request_hash(request if asked is None else asked, photo), self._clock()
@@ -83,6 +85,8 @@ class JobStore(WorkQueue):
             ):
                 return known_job(known, digest, idempotency_key), False
             self._check_room(connection, max_waiting_cost)
+            if max_own_queued is not None:
+                _check_own_room(connection, owner, max_own_queued)
             last_end = connection.scalar(
                 sa.select(jobs.c.turn + jobs.c.cost)
                 .where(jobs.c.owner == owner, jobs.c.kind == "video")
@@ -244,3 +248,10 @@ class JobStore(WorkQueue):
         found = find_row(connection, this)
         assert found is not None
         return found
+
+
+def _check_own_room(connection: Connection, owner: str, most: int) -> None:
+    mine = sa.and_(jobs.c.owner == owner, jobs.c.state == _QUEUED)
+    waiting = connection.scalar(sa.select(sa.func.count()).select_from(jobs).where(mine)) or 0
+    if waiting >= most:
+        raise QueueFull(f"{waiting} jobs of this key are waiting, and {most} may; try again later")

@@ -17,13 +17,18 @@ from proteus_deploy.serving.following import LOOK_S, news_of
 from proteus_deploy.serving.jobs import Job, JobNotFound, JobState, NotCancellable
 
 if TYPE_CHECKING:
+    from proteus_deploy.serving.keys import Key
     from proteus_deploy.serving.service import Service
 
 __all__ = ["submit", "video_file", "wait_for"]
 
 
 async def submit(
-    service: Service, owner: str, body: CreateVideo, photo: bytes | None, key: str | None = None
+    service: Service,
+    key: Key,
+    body: CreateVideo,
+    photo: bytes | None,
+    idempotency_key: str | None = None,
 ) -> Job:
     """Check the request and put its job in the queue. Raises what becomes an answer: ApiError and others."""
     if service.stopping.is_set():
@@ -34,21 +39,22 @@ async def submit(
     if body.model not in (None, name):
         text = f"the model {body.model!r} is not served; this server has {name!r}"
         raise ApiError(404, text, param="model", code="model_not_found")
-    whole, photo = await run_sync(with_character, service, owner, body, photo)
+    whole, photo = await run_sync(with_character, service, key.name, body, photo)
     pixels = service.settings.max_pixels
     order = await run_sync(partial(make_order, whole, photo, service.config, pixels, service.table))
     # A seed that was drawn must not tell a repeated request from the first.
     job, _ = await run_sync(
         partial(
             service.store.submit,
-            owner,
+            key.name,
             order.request,
             photo=order.photo,
             cost=order.cost,
             deadline_s=order.timeout_s,
-            idempotency_key=key,
+            idempotency_key=idempotency_key,
             asked=body.model_dump() | {"input_reference": None},
             batch_key=order.batch_key,
+            max_own_queued=key.max_queued,
             max_waiting_cost=await run_sync(service.max_waiting_cost),
         )
     )
