@@ -12,7 +12,7 @@ help:
 	@echo "make install   create $(VENV) and install the toolkit with its extras"
 	@echo "make check     ruff, formatting and mypy"
 	@echo "make test      make check, then every test"
-	@echo "make demo      checkpoint -> bundle -> engines -> verification -> demo/video.mp4"
+	@echo "make demo      checkpoint -> bundle -> engines -> verification -> demo/video.mp4; SERVE=1: then a server"
 
 install: $(STAMP)
 
@@ -33,4 +33,4 @@ test: check
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 demo: $(STAMP)
-	$(BIN)/proteus-deploy demo --output-dir demo
+	$(BIN)/proteus-deploy demo --output-dir demo $(if $(SERVE),--serve)

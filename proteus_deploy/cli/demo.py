@@ -58,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"GPU to build engines for; repeat for several (default: {' and '.join(_TARGETS)})",
     )
     parser.add_argument("--no-engines", action="store_true", help="leave out the TensorRT engines")
+    parser.add_argument(
+        "--serve", action="store_true", help="then serve the bundle, with a page, until Ctrl-C"
+    )
 
 
 @dataclass
@@ -97,7 +100,20 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"photo: drawn person {subject.person}, whom training never saw; prompt: {subject.prompt}")
     verdict = "every check is within its tolerance" if report.passed else "FAILED: see the rows above"
     print(f"{verdict}; {time.monotonic() - started_s:.0f} s in all")
-    return 0 if report.passed else 1
+    if not report.passed:
+        return 1
+    if arguments.serve:
+        return _serve(bundle, demo.folder / "served")
+    print(f"to make more of them in a browser: proteus-deploy serve {bundle.folder}")
+    return 0
+
+
+def _serve(bundle: Bundle, data_dir: Path) -> int:
+    from proteus_deploy.cli import serve
+
+    parser = argparse.ArgumentParser(prog="proteus-deploy serve")
+    serve.add_arguments(parser)
+    return serve.run(parser.parse_args([str(bundle.folder), "--data-dir", str(data_dir)]))
 
 
 @dataclass(frozen=True)

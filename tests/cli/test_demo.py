@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -168,3 +169,21 @@ def test_second_run_reuses_verifies_and_makes_the_video(
     assert json.loads((folder / "verification.json").read_text())["passed"] is True
     assert "| onnxruntime | denoiser |" in (folder / "verification.md").read_text()
     assert read_video(folder / "video.mp4").frames.shape == (1, 17, 3, 96, 96)
+
+
+def test_it_can_end_in_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from proteus_deploy.cli import demo, serve
+
+    seen: list[argparse.Namespace] = []
+
+    def remember(arguments: argparse.Namespace) -> int:
+        seen.append(arguments)
+        return 0
+
+    monkeypatch.setattr(serve, "run", remember)
+    assert demo._serve(SimpleNamespace(folder=tmp_path / "bundle"), tmp_path / "served") == 0  # type: ignore[arg-type]
+    (arguments,) = seen
+    assert (arguments.path, arguments.data_dir) == (tmp_path / "bundle", tmp_path / "served")
+    assert arguments.port == 8000

@@ -1,0 +1,44 @@
+"""The examples, as somebody would run them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from proteus_deploy.provenance import GENERATED, source_type
+from proteus_deploy.video import read_video
+
+if TYPE_CHECKING:
+    from tests.serving.conftest import Server
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, serve_process: type[Server]) -> Iterator[Server]:
+    started = serve_process(tmp_path_factory.mktemp("server"))
+    yield started
+    started.kill()
+
+
+@pytest.mark.parametrize("name", ["openai_client.py", "open_inference.py", "curl.sh"])
+def test_clients(server: Server, drawn_photo: bytes, repository: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "photo.png").write_bytes(drawn_photo)
+    interpreter = "sh" if name.endswith(".sh") else sys.executable
+    command = [interpreter, str(repository / "examples" / name), server.url, "photo.png", "out.mp4"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert read_video(tmp_path / "out.mp4").metadata["seed"] == 42
+    assert source_type(tmp_path / "out.mp4") == GENERATED
+
+
+def test_every_example_is_run_or_shown(repository: Path) -> None:
+    """library.py is the README's first block, which its own test runs on the demo's bundle."""
+    names = {file.name for file in (repository / "examples").iterdir()}
+    assert names == {"curl.sh", "library.py", "open_inference.py", "openai_client.py"}
+    compile((repository / "examples" / "library.py").read_text(encoding="utf-8"), "library.py", "exec")
