@@ -26,6 +26,7 @@ from proteus_deploy.serving.character_routes import add_character_routes
 from proteus_deploy.serving.create_video import CreateVideo, read_body
 from proteus_deploy.serving.following import job_events, shown_job
 from proteus_deploy.serving.kserve_routes import add_kserve_routes
+from proteus_deploy.serving.logs import RequestIds
 from proteus_deploy.serving.metrics import metrics_text
 from proteus_deploy.serving.page_routes import add_page_routes
 from proteus_deploy.serving.service import Service
@@ -65,6 +66,7 @@ def create_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes)
+    app.add_middleware(RequestIds)
     add_error_handlers(app)
     _add_create_routes(app)
     _add_job_routes(app)
@@ -84,7 +86,13 @@ def _add_create_routes(app: FastAPI) -> None:
         request: Request, service: ServiceOf, key: KeyOf, idempotency_key: _IdempotencyKey = None
     ) -> JSONResponse:
         """Put a video in the queue; it is on the disk when this answers."""
-        job = await submit(service, key, *await read_body(request, CreateVideo), idempotency_key)
+        job = await submit(
+            service,
+            key,
+            *await read_body(request, CreateVideo),
+            idempotency_key,
+            request.headers.get("traceparent"),
+        )
         return JSONResponse(video_object(service, job))
 
     @app.post(
@@ -97,7 +105,13 @@ def _add_create_routes(app: FastAPI) -> None:
         request: Request, service: ServiceOf, key: KeyOf, idempotency_key: _IdempotencyKey = None
     ) -> Response:
         """Make a video and answer with its mp4; who goes away cancels it."""
-        job = await submit(service, key, *await read_body(request, CreateVideo), idempotency_key)
+        job = await submit(
+            service,
+            key,
+            *await read_body(request, CreateVideo),
+            idempotency_key,
+            request.headers.get("traceparent"),
+        )
         done = await wait_for(service, key.name, request, job)
         return Response(status_code=499) if done is None else video_file(service, done)
 

@@ -152,7 +152,7 @@ def add_kserve_routes(app: FastAPI) -> None:
     ) -> Response:
         """Make a video and answer with it."""
         check(service, name)
-        job = await submit(service, key, *_body_of(body))
+        job = await submit(service, key, *_body_of(body), traceparent=request.headers.get("traceparent"))
         done = await wait_for(service, key.name, request, job)
         if done is None:
             return Response(status_code=499)

@@ -7,6 +7,7 @@ import logging
 import math
 import secrets
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -17,12 +18,13 @@ from proteus_deploy._files import atomic_file
 from proteus_deploy.errors import InputError
 from proteus_deploy.serving.characters import CharacterStore
 from proteus_deploy.serving.database import database_url, open_database
-from proteus_deploy.serving.jobs import Job
+from proteus_deploy.serving.jobs import Job, JobNotFound
 from proteus_deploy.serving.keys import Keys
 from proteus_deploy.serving.messages import PipelineChoice, WorkerSettings
 from proteus_deploy.serving.results import ResultFolder
 from proteus_deploy.serving.store import JobStore
 from proteus_deploy.serving.supervisor import Board, Supervisor
+from proteus_deploy.serving.traces import Tracer, open_exporter
 
 if TYPE_CHECKING:
     from proteus_deploy.model.config import TransformerConfig
@@ -43,6 +45,7 @@ class ServiceSettings:
     max_body_bytes, max_pixels: of a request and of its photo. keep_s, keep_bytes: of finished videos.
     finish_s: how long running jobs may go on when the server stops; then they are put back.
     max_wait_s: how long a new job may have to wait, by what the waiting ones cost and the measured rate.
+    traces: where OpenTelemetry spans go, see `traces.open_exporter`.
     max_batch, batch_wait_s, cache_bytes, warm_up, provenance: see `WorkerSettings`.
     """
 
@@ -66,6 +69,7 @@ class ServiceSettings:
     cache_bytes: int = 0
     warm_up: bool = False
     provenance: bool = True
+    traces: str | None = None
     keys: Keys = field(default_factory=Keys)
 
 
@@ -85,6 +89,7 @@ class Service:
     def __init__(self, settings: ServiceSettings) -> None:
         """Raises InputError when another server uses the data folder or the model can't be read."""
         self.settings, self.keys = settings, settings.keys
+        exporter = None if settings.traces is None else open_exporter(settings.traces)
         self.config, self.table = _model_of(settings.pipeline)
         if self.table is not None and settings.max_batch > 1:
             _check_batch(settings.max_batch, self.table)
@@ -116,7 +121,10 @@ class Service:
             warm_up=settings.warm_up,
             provenance=settings.provenance,
         )
-        self.supervisor = Supervisor(worker, self.store, self.board, count=settings.workers, on_end=_log_end)
+        self.supervisor = Supervisor(
+            worker, self.store, self.board, count=settings.workers, on_end=self._ended
+        )
+        self.tracer = None if exporter is None else Tracer(exporter)
         self._keeper = threading.Thread(target=self._keep_house, name="housekeeping", daemon=True)
 
     def start(self) -> None:
@@ -135,6 +143,8 @@ class Service:
         self.supervisor.stop(finish_s=self.settings.finish_s)
         if self._keeper.is_alive():
             self._keeper.join()
+        if self.tracer is not None:
+            self.tracer.close()
         self.engine.dispose()
         self._lock_file.close()
 
@@ -150,6 +160,14 @@ class Service:
         self.supervisor.cancel(job_id)
         if name is not None:
             self.results.remove([name])
+
+    def _ended(self, job_id: str, state: str, seconds: float) -> None:
+        """An audit line, and a trace where they are asked for."""
+        audit = {"job": job_id, "state": state, "seconds": round(seconds, 4)}
+        _log.info("job %s: %s after %.2f s", job_id, state, seconds, extra={"fields": audit})
+        if self.tracer is not None:
+            with suppress(JobNotFound):  # deleted meanwhile
+                self.tracer.job(self.store.get(job_id))
 
     def max_waiting_cost(self) -> float | None:
         """Cost that may wait when a new job comes; None for any, also while no rate was measured."""
@@ -234,7 +252,3 @@ def _node_name(folder: Path) -> str:
         with atomic_file(path) as temporary:
             temporary.write_text(f"{secrets.token_hex(4)}-")
     return path.read_text()
-
-
-def _log_end(job_id: str, state: str, seconds: float) -> None:
-    _log.info("job %s: %s after %.2f s", job_id, state, seconds)

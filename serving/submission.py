@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,13 @@ from proteus_deploy.serving.character_routes import with_character
 from proteus_deploy.serving.create_video import CreateVideo, make_order
 from proteus_deploy.serving.following import LOOK_S, news_of
 from proteus_deploy.serving.jobs import Job, JobNotFound, JobState, NotCancellable
+from proteus_deploy.serving.traces import TRACEPARENT
 
 if TYPE_CHECKING:
     from proteus_deploy.serving.keys import Key
     from proteus_deploy.serving.service import Service
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["submit", "video_file", "wait_for"]
 
@@ -29,6 +33,7 @@ async def submit(
     body: CreateVideo,
     photo: bytes | None,
     idempotency_key: str | None = None,
+    traceparent: str | None = None,
 ) -> Job:
     """Check the request and put its job in the queue. Raises what becomes an answer: ApiError and others."""
     if service.stopping.is_set():
@@ -42,6 +47,8 @@ async def submit(
     whole, photo = await run_sync(with_character, service, key.name, body, photo)
     pixels = service.settings.max_pixels
     order = await run_sync(partial(make_order, whole, photo, service.config, pixels, service.table))
+    if traceparent is not None and TRACEPARENT.fullmatch(traceparent):
+        order.request["traceparent"] = traceparent
     # A seed that was drawn must not tell a repeated request from the first.
     job, _ = await run_sync(
         partial(
@@ -59,6 +66,8 @@ async def submit(
         )
     )
     service.supervisor.wake()
+    audit = {"job": job.id, "owner": key.name, "cost": round(job.cost, 3)}
+    _log.info("job %s: accepted from %s, cost %g", job.id, key.name, job.cost, extra={"fields": audit})
     return job
 
 

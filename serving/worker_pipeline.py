@@ -52,7 +52,7 @@ def request_fields(document: Any) -> dict[str, Any]:
     """The fields of a GenerateRequest from a job's JSON."""
     from proteus_deploy.policies.plan import plan_from_json
 
-    fields = {name: value for name, value in document.items() if name != "character"}
+    fields = {name: value for name, value in document.items() if name not in ("character", "traceparent")}
     if fields.get("plan") is not None:
         fields["plan"] = plan_from_json(fields["plan"])
     return fields

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,6 +89,10 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         help="memory of each worker for results of text and identity stages (default: %(default)s)",
     )
     parser.add_argument(
+        "--traces", metavar="URL", help="send OpenTelemetry spans to an OTLP/HTTP address, or to the console"
+    )
+    parser.add_argument("--log-json", action="store_true", help="write each line of the log as a JSON object")
+    parser.add_argument(
         "--no-provenance", action="store_true", help="leave out the mark in each mp4 that it was generated"
     )
     parser.add_argument(
@@ -118,10 +120,10 @@ def run(arguments: argparse.Namespace) -> int:
             f"serving needs the packages {', '.join(missing)}: pip install 'proteus-deploy[serve]'"
         )
     settings = _settings(arguments)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    from proteus_deploy.serving.logs import write_logs
     from proteus_deploy.serving.server import serve
 
+    write_logs(as_json=arguments.log_json)
     serve(settings, arguments.host, arguments.port, on_ready=_say_where)
     return 0
 
@@ -175,6 +177,7 @@ def _settings(arguments: argparse.Namespace) -> ServiceSettings:
         cache_bytes=arguments.cache_mib << 20,
         warm_up=not arguments.no_warm_up,
         provenance=not arguments.no_provenance,
+        traces=arguments.traces,
         keys=Keys() if arguments.api_keys is None else Keys.read(arguments.api_keys),
     )
 
