@@ -46,7 +46,10 @@ __all__ = ["main"]
 _SEEDS = 4
 _POISONED_EVERY = 25  # a photo that shows nobody
 _SHAPE = {"num_inference_steps": 2}
-_LONGEST_LIFE_S = 14.0  # until the next kill, from the last
+_LONGEST_LIFE_S = 14.0  # until the next kill, from the last or from readiness
+_WHILE_WORKING = (
+    0.7  # share of kills that come when the server has got ready, and works; the rest, at any time
+)
 
 
 @dataclass
@@ -77,6 +80,8 @@ class _Trial:
 
     def disturb(self, kills: int, report: Any) -> None:
         for number in range(kills):
+            if self.rng.random() < _WHILE_WORKING:
+                self.server.wait()
             time.sleep(self.rng.uniform(0, _LONGEST_LIFE_S))
             if self.rng.random() < 0.5 and self.server.kill_a_worker():
                 self.kills["worker"] += 1
