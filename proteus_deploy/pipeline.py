@@ -34,7 +34,7 @@ from proteus_deploy.size_ranges import check_ranges
 from proteus_deploy.stage_cache import StageCache
 from proteus_deploy.stage_calls import Stages, stages_of
 from proteus_deploy.stage_table import VAE_SPATIAL, latent_frames
-from proteus_deploy.vae_decode import Tiling, decode
+from proteus_deploy.vae_decode import Tiling, chunks, decode
 from proteus_deploy.video import Video
 
 if TYPE_CHECKING:
@@ -324,8 +324,8 @@ class Pipeline:
         """One frame, [H, W, 3] uint8, of what video `row` of the batch is going to be, as a step sees it.
 
         The step's velocity gives the clean latents it points to, a x - s v; the decoder's first chunk of
-        them is drawn, two latent frames. Raises InputError for an event without a prediction, and where
-        `low_memory` keeps the decoder out of memory during the loop.
+        them is drawn, two latent frames or three. Raises InputError for an event without a prediction, and
+        where `low_memory` keeps the decoder out of memory during the loop.
         """
         if event.prediction is None or self._low_memory:
             why = (
@@ -335,7 +335,8 @@ class Pipeline:
             )
             raise InputError(f"a step can't be previewed: {why}")
         step = event.prediction
-        clean = keep("clean", step.positive[row], step.latents[row], step.levels)[:2]
+        clean = keep("clean", step.positive[row], step.latents[row], step.levels)
+        clean = clean[: chunks(clean.shape[0])[0][1]]  # with a graph that the video needs anyway
         latents = clean.to(self.backend.device, self.backend.dtype).transpose(0, 1)[None]
         frames = decode(self.backend, latents / self._vae["scaling_factor"], tiling=self.tiling)
         picture = (frames[0, :, -1] / 2 + 0.5).clamp(0, 1) * 255

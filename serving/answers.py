@@ -6,15 +6,17 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from proteus_deploy.errors import InputError, PhotoError
-from proteus_deploy.serving.characters import CharacterNotFound
+from proteus_deploy.errors import InputError, PhotoError, ProteusError
+from proteus_deploy.serving.characters import CharacterNotFound, TooManyCharacters
 from proteus_deploy.serving.jobs import IdempotencyConflict, JobNotFound, NotCancellable, QueueFull
+from proteus_deploy.serving.logs import request_id
 
 __all__ = ["ApiError", "add_error_handlers", "error_body"]
 
@@ -22,6 +24,16 @@ _log = logging.getLogger(__name__)
 
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 409: "conflict_error"}
 _KINDS |= {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+
+
+# Errors of ours: status, a word for programs, the field at fault.
+_KNOWN: Mapping[type[ProteusError], tuple[int, str, str | None]] = {
+    JobNotFound: (404, "video_not_found", None),
+    CharacterNotFound: (404, "character_not_found", "character"),
+    NotCancellable: (409, "not_cancellable", None),
+    IdempotencyConflict: (409, "idempotency_conflict", None),
+    TooManyCharacters: (409, "too_many_characters", None),
+}
 
 
 class ApiError(Exception):
@@ -82,25 +94,16 @@ def add_error_handlers(app: FastAPI) -> None:
         param = "input_reference" if isinstance(error, PhotoError) else None
         return _answer(400, str(error), param=param, code="invalid_value")
 
-    @app.exception_handler(JobNotFound)
-    async def _gone(_: Request, error: JobNotFound) -> JSONResponse:
-        return _answer(404, str(error), code="video_not_found")
-
-    @app.exception_handler(CharacterNotFound)
-    async def _nobody(_: Request, error: CharacterNotFound) -> JSONResponse:
-        return _answer(404, str(error), param="character", code="character_not_found")
-
-    @app.exception_handler(NotCancellable)
-    async def _finished(_: Request, error: NotCancellable) -> JSONResponse:
-        return _answer(409, str(error), code="not_cancellable")
-
-    @app.exception_handler(IdempotencyConflict)
-    async def _reused(_: Request, error: IdempotencyConflict) -> JSONResponse:
-        return _answer(409, str(error), code="idempotency_conflict")
+    @app.exception_handler(ProteusError)
+    async def _known(_: Request, error: ProteusError) -> JSONResponse:
+        if type(error) not in _KNOWN:
+            raise error
+        status, code, param = _KNOWN[type(error)]
+        return _answer(status, str(error), code=code, param=param)
 
     @app.exception_handler(QueueFull)
     async def _full(request: Request, error: QueueFull) -> JSONResponse:
-        seconds = request.app.state.service.retry_after_s()
+        seconds = await run_sync(request.app.state.service.retry_after_s)
         return _answer(429, str(error), code="queue_full", headers={"Retry-After": str(seconds)})
 
     @app.exception_handler(ClientDisconnect)
@@ -110,4 +113,6 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def _unexpected(_: Request, error: Exception) -> JSONResponse:
         # Starlette raises it again behind this answer, so that it is also in the log.
-        return _answer(500, f"the server failed ({type(error).__name__}); its log says more", code="internal")
+        text = f"the server failed ({type(error).__name__}); its log says more"
+        # This answer is made outside of the middleware that would add the id.
+        return _answer(500, text, code="internal", headers={"X-Request-Id": request_id.get()})

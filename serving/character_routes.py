@@ -10,7 +10,7 @@ from anyio.to_thread import run_sync
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse
 
-from proteus_deploy.serving.access import OwnerOf, ServiceOf
+from proteus_deploy.serving.access import KeyOf, OwnerOf, ServiceOf
 from proteus_deploy.serving.answers import ApiError
 from proteus_deploy.serving.api_document import CharacterObject, CharacterPage, Deleted, answers
 from proteus_deploy.serving.create_video import CreateCharacter, CreateVideo, read_body
@@ -54,13 +54,14 @@ def with_character(
 def add_character_routes(app: FastAPI) -> None:
     """Register a person, look at them, forget them."""
 
-    made = answers(CharacterObject, 400, 403, 413, 415)
+    made = answers(CharacterObject, 400, 403, 409, 413, 415, 429)
 
     @app.post("/v1/characters", openapi_extra=_CREATE_BODY, responses=made)
-    async def register(request: Request, service: ServiceOf, owner: OwnerOf) -> JSONResponse:
+    async def register(request: Request, service: ServiceOf, key: KeyOf) -> JSONResponse:
         """Keep a photo; a worker finds the face and encodes it, before all videos that wait."""
         from proteus_deploy.identity.photo import open_photo
 
+        owner = key.name
         body, photo = await read_body(request, CreateCharacter)
         if photo is None:
             text = "input_reference is missing; send the reference photo of the person"
@@ -73,6 +74,7 @@ def add_character_routes(app: FastAPI) -> None:
             name=body.name,
             identity_prompt=body.identity_prompt,
             face_index=body.face_index,
+            max_own_queued=key.max_queued,
         )
         character = await run_sync(create)
         service.supervisor.wake()

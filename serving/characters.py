@@ -18,19 +18,23 @@ import sqlalchemy as sa
 from proteus_deploy.errors import ProteusError
 from proteus_deploy.serving.database import reading, writing
 from proteus_deploy.serving.jobs import JobFailure, JobState, request_hash
-from proteus_deploy.serving.rows import insert_job, lock_queue
+from proteus_deploy.serving.rows import check_own_room, insert_job, lock_queue
 from proteus_deploy.serving.schema import characters, jobs
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine
 
-__all__ = ["Character", "CharacterNotFound", "CharacterStore"]
+__all__ = ["Character", "CharacterNotFound", "CharacterStore", "TooManyCharacters"]
 
 _FIRST = -1.0  # a turn before every video's
 
 
 class CharacterNotFound(ProteusError):
     """There is no character of this id (or it was deleted)."""
+
+
+class TooManyCharacters(ProteusError):
+    """The owner has as many as may be."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +73,39 @@ class Character:
 
 
 class CharacterStore:
-    """Characters in the database of jobs; safe to use from any number of threads and processes."""
+    """Characters in the database of jobs; safe to use from any number of threads and processes.
 
-    def __init__(self, engine: Engine, *, clock: Callable[[], float] = time.time) -> None:
-        self._engine, self._clock = engine, clock
+    max_each: characters that one owner may have.
+    """
+
+    def __init__(
+        self, engine: Engine, *, max_each: int = 1000, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._engine, self._max_each, self._clock = engine, max_each, clock
 
     def create(
-        self, owner: str, photo: bytes, *, name: str = "", identity_prompt: str = "", face_index: int | None
+        self,
+        owner: str,
+        photo: bytes,
+        *,
+        name: str = "",
+        identity_prompt: str = "",
+        face_index: int | None,
+        max_own_queued: int | None = None,
     ) -> Character:
-        """A new character, whose photo will be encoded next. On the disk when this returns."""
+        """A new character, whose photo will be encoded next. On the disk when this returns.
+
+        max_own_queued: jobs of this owner that may wait. Raises TooManyCharacters, QueueFull.
+        """
         request = {"face_index": face_index}
         with writing(self._engine) as connection:
             lock_queue(connection)
+            check_own_room(connection, owner, max_own_queued)
+            query = sa.select(sa.func.count()).select_from(characters).where(characters.c.owner == owner)
+            if (found := connection.scalar(query) or 0) >= self._max_each:
+                raise TooManyCharacters(
+                    f"{found} characters are registered, and {self._max_each} may; delete some"
+                )
             now = self._clock()
             job = insert_job(
                 connection,
@@ -163,6 +188,8 @@ _JOINED = sa.select(
 
 
 def _is(character_id: str, owner: str) -> sa.ColumnElement[bool]:
+    if "\0" in character_id:  # PostgreSQL takes none, and no id has one
+        return sa.false()
     return sa.and_(characters.c.id == character_id, characters.c.owner == owner)
 
 

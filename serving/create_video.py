@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from proteus_deploy.model.config import TransformerConfig
     from proteus_deploy.stages import StageTable
 
-__all__ = ["CreateCharacter", "CreateVideo", "Order", "batch_key_of", "cost_of", "make_order", "read_body"]
+__all__ = [
+    "CreateCharacter",
+    "CreateVideo",
+    "Order",
+    "batch_key_of",
+    "check_text",
+    "cost_of",
+    "make_order",
+    "read_body",
+]
 
 _MAX_FIELD_BYTES = 1 << 20
 _MAX_FIELDS = 64
@@ -65,7 +74,7 @@ class CreateVideo(BaseModel):
     character: str | None = Field(
         None, description="id of a registered character, in place of the photo", max_length=100
     )
-    fps: float = Field(8, allow_inf_nan=False)
+    fps: float = Field(8, gt=0, le=1000, allow_inf_nan=False)
     num_inference_steps: int = 50
     guidance_scale: float = Field(6.0, allow_inf_nan=False)
     use_dynamic_cfg: bool = False
@@ -137,14 +146,15 @@ async def read_body(request: Request, model: type[_Body]) -> tuple[_Body, bytes 
         body = model.model_validate(fields)
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
-    _check_text(body)
+    check_text(body)
     if photo is None and body.input_reference is not None:
         photo = _photo_of(body.input_reference)
     return body, photo
 
 
-def _check_text(body: BaseModel) -> None:
-    for name in ("name", "prompt", "identity_prompt", "negative_prompt"):
+def check_text(body: BaseModel) -> None:
+    """Raises ApiError for a NUL character, which PostgreSQL can't hold."""
+    for name in ("name", "prompt", "identity_prompt", "negative_prompt", "character"):
         if "\0" in (getattr(body, name, None) or ""):
             raise ApiError(
                 400, f"{name} holds a NUL character; leave it out", param=name, code="invalid_value"

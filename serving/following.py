@@ -38,7 +38,8 @@ async def job_events(service: Service, owner: str, job_id: str, *, preview: bool
             async for event in _changes(service, owner, job_id, wait, preview=preview):
                 yield event
     finally:
-        service.board.watch(job_id, looking=False)
+        if preview:
+            service.supervisor.unwatch(job_id)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from proteus_deploy import __version__
 from proteus_deploy.serving.access import KeyOf, OwnerOf, ServiceOf
 from proteus_deploy.serving.answers import ApiError
 from proteus_deploy.serving.api_document import errors
-from proteus_deploy.serving.create_video import CreateVideo
+from proteus_deploy.serving.create_video import CreateVideo, check_text
 from proteus_deploy.serving.submission import submit, video_file, wait_for
 
 __all__ = ["add_kserve_routes"]
@@ -70,8 +70,8 @@ class InferRequest(BaseModel):
 def _value(tensor: InferInput) -> Any:
     wanted = _INPUTS.get(tensor.name)
     if wanted is None:
-        text = f"the model has no input {tensor.name[:50]!r}; it has {', '.join(_INPUTS)}"
-        raise ApiError(400, text, param=tensor.name[:50], code="invalid_value")
+        text = f"the model has no input {tensor.name[:50]!a}; it has {', '.join(_INPUTS)}"
+        raise ApiError(400, text, code="invalid_value")
     if tensor.shape not in ([1], [1, 1]) or len(tensor.data) != 1:
         text = f"{tensor.name} has shape {tensor.shape} and {len(tensor.data)} values; send one, shape [1]"
         raise ApiError(400, text, param=tensor.name, code="invalid_value")
@@ -91,7 +91,7 @@ def _body_of(request: InferRequest) -> tuple[CreateVideo, bytes | None]:
     photo = fields.pop("photo", None)
     try:
         decoded = None if photo is None else base64.b64decode(photo, validate=True)
-        return CreateVideo.model_validate(fields), decoded
+        body = CreateVideo.model_validate(fields)
     except (binascii.Error, ValueError) as error:
         if isinstance(error, ValidationError):
             first = error.errors()[0]
@@ -100,6 +100,8 @@ def _body_of(request: InferRequest) -> tuple[CreateVideo, bytes | None]:
         raise ApiError(
             400, f"photo holds no base64 ({error})", param="photo", code="invalid_value"
         ) from error
+    check_text(body)
+    return body, decoded
 
 
 def add_kserve_routes(app: FastAPI) -> None:
@@ -107,7 +109,7 @@ def add_kserve_routes(app: FastAPI) -> None:
 
     def check(service: ServiceOf, name: str) -> None:
         if name != service.settings.model_name:
-            raise ApiError(404, f"the model {name[:100]!r} is not served", code="model_not_found")
+            raise ApiError(404, f"the model {name[:100]!a} is not served", code="model_not_found")
 
     @app.get("/v2/health/live")
     def live() -> dict[str, bool]:

@@ -39,17 +39,14 @@ class RequestIds:
             return
         sent = dict(scope["headers"]).get(_HEADER, b"").decode("latin-1")
         own = sent if _PLAIN.fullmatch(sent) else secrets.token_hex(8)
-        token = request_id.set(own)
+        request_id.set(own)  # each request has a context of its own, so nothing needs to be put back
 
         async def with_header(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), (_HEADER, own.encode())]
             await send(message)
 
-        try:
-            await self._app(scope, receive, with_header)
-        finally:
-            request_id.reset(token)
+        await self._app(scope, receive, with_header)
 
 
 class _Json(logging.Formatter):

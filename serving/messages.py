@@ -33,7 +33,7 @@ class WorkerSettings:
     poll_s: seconds between two looks at an empty queue, and at whether cancellation was asked for.
     max_batch: videos made together. batch_wait_s: how long a batch that isn't full waits for more.
     cache_bytes: of text and identity results kept in memory. warm_up: make one step before the first job.
-    provenance: state in each mp4 that it was generated.
+    provenance: state in each mp4 that it was generated. log_json: write log lines as JSON objects.
     """
 
     name: str
@@ -48,6 +48,7 @@ class WorkerSettings:
     cache_bytes: int = 0
     warm_up: bool = False
     provenance: bool = True
+    log_json: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from proteus_deploy.pipeline import StepEvent
 
 __all__ = ["Previews"]
+
+_log = logging.getLogger(__name__)
 
 _SIDE = 320  # pixels of the longer side
 _QUALITY = 70
@@ -43,13 +46,22 @@ class Previews:
         """Somebody looks at this video of the batch."""
         self._watched.add(row)
 
+    def unwatch(self, row: int) -> None:
+        """Nobody does any more."""
+        self._watched.discard(row)
+
     def on_step(self, event: StepEvent) -> None:
         """Draw what is looked at, unless it was drawn lately. Behind the last step comes the video."""
         began_s = self._clock()
         if not self._watched or began_s < self._next_s or event.index + 1 == event.total:
             return
-        for row in sorted(self._watched):
-            self._send(row, _data_url(self._draw(event, row)))
+        try:
+            for row in sorted(self._watched):
+                self._send(row, _data_url(self._draw(event, row)))
+        except Exception:  # noqa: BLE001 - looking on must not end the video, whatever a backend raises
+            _log.exception("no more pictures of this batch")
+            self._next_s = float("inf")
+            return
         ended_s = self._clock()
         self._next_s = ended_s + max(_LEAST_S, (ended_s - began_s) * (1 / _SHARE - 1))
 

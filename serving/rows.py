@@ -16,12 +16,14 @@ from proteus_deploy.serving.jobs import (
     JobResult,
     JobState,
     LostClaim,
+    QueueFull,
     new_job_id,
 )
 from proteus_deploy.serving.schema import inputs, jobs, queue_clock
 
 __all__ = [
     "change",
+    "check_own_room",
     "find_row",
     "finish",
     "held_row",
@@ -65,7 +67,9 @@ def find_row(connection: Connection, *where: sa.ColumnElement[bool]) -> sa.Row[A
 
 def visible_row(connection: Connection, job_id: str, owner: str | None) -> sa.Row[Any]:
     """The row of a job that its owner may see. Raises JobNotFound."""
-    row = find_row(connection, jobs.c.id == job_id, jobs.c.kind == "video", ~jobs.c.deleted)
+    row = None
+    if "\0" not in job_id:  # PostgreSQL takes none, and no id has one
+        row = find_row(connection, jobs.c.id == job_id, jobs.c.kind == "video", ~jobs.c.deleted)
     if row is None or (owner is not None and row.owner != owner):
         raise JobNotFound(f"there is no video job {job_id!r}; it may have been deleted or outlived its time")
     return row
@@ -81,6 +85,14 @@ def insert_job(connection: Connection, photo: bytes | None, **values: Any) -> sa
     row = find_row(connection, jobs.c.number == key[0])
     assert row is not None
     return row
+
+
+def check_own_room(connection: Connection, owner: str, most: int | None) -> None:
+    """Raises QueueFull where as many jobs of the owner wait as may."""
+    mine = sa.and_(jobs.c.owner == owner, jobs.c.state == JobState.QUEUED.value)
+    waiting = connection.scalar(sa.select(sa.func.count()).select_from(jobs).where(mine)) or 0
+    if most is not None and waiting >= most:
+        raise QueueFull(f"{waiting} jobs of this key are waiting, and {most} may; try again later")
 
 
 def known_job(row: sa.Row[Any], digest: str, key: str) -> Job:

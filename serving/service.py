@@ -46,7 +46,7 @@ class ServiceSettings:
     finish_s: how long running jobs may go on when the server stops; then they are put back.
     max_wait_s: how long a new job may have to wait, by what the waiting ones cost and the measured rate.
     traces: where OpenTelemetry spans go, see `traces.open_exporter`.
-    max_batch, batch_wait_s, cache_bytes, warm_up, provenance: see `WorkerSettings`.
+    max_batch, batch_wait_s, cache_bytes, warm_up, provenance, log_json: see `WorkerSettings`.
     """
 
     pipeline: PipelineChoice
@@ -70,6 +70,7 @@ class ServiceSettings:
     warm_up: bool = False
     provenance: bool = True
     traces: str | None = None
+    log_json: bool = False
     keys: Keys = field(default_factory=Keys)
 
 
@@ -120,6 +121,7 @@ class Service:
             cache_bytes=settings.cache_bytes,
             warm_up=settings.warm_up,
             provenance=settings.provenance,
+            log_json=settings.log_json,
         )
         self.supervisor = Supervisor(
             worker, self.store, self.board, count=settings.workers, on_end=self._ended
@@ -171,10 +173,11 @@ class Service:
 
     def max_waiting_cost(self) -> float | None:
         """Cost that may wait when a new job comes; None for any, also while no rate was measured."""
-        limit_s, load = self.settings.max_wait_s, self._load()
-        if limit_s is None or load.rate is None:
+        limit_s = self.settings.max_wait_s
+        if limit_s is None:
             return None
-        return max(0.0, limit_s * load.rate - load.running)
+        load = self._load()
+        return None if load.rate is None else max(0.0, limit_s * load.rate - load.running)
 
     def retry_after_s(self) -> int:
         """Seconds until a job that was refused now would be accepted, if no other came."""
@@ -197,7 +200,9 @@ class Service:
         for job in running:
             news = self.board.progress(job.id) or job.progress or {}
             rest += job.cost * (1 - news.get("percent", 0) / 100)
-        rate, workers = self.store.rate(), max(1, self.supervisor.ready)
+        # Of other servers on the same database those workers count that have a job.
+        busy = len({job.worker for job in running})
+        rate, workers = self.store.rate(), max(1, self.supervisor.ready, busy)
         _, waiting = self.store.counts()["queued"]
         return _Load(None if rate is None else rate * workers, waiting, rest, len(running))
 

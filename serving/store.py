@@ -23,7 +23,15 @@ from proteus_deploy.serving.jobs import (
     QueueFull,
     request_hash,
 )
-from proteus_deploy.serving.rows import find_row, insert_job, job_of, known_job, lock_queue, visible_row
+from proteus_deploy.serving.rows import (
+    check_own_room,
+    find_row,
+    insert_job,
+    job_of,
+    known_job,
+    lock_queue,
+    visible_row,
+)
 from proteus_deploy.serving.schema import jobs
 from proteus_deploy.serving.work_queue import WorkQueue
 
@@ -85,8 +93,7 @@ class JobStore(WorkQueue):
             ):
                 return known_job(known, digest, idempotency_key), False
             self._check_room(connection, max_waiting_cost)
-            if max_own_queued is not None:
-                _check_own_room(connection, owner, max_own_queued)
+            check_own_room(connection, owner, max_own_queued)
             last_end = connection.scalar(
                 sa.select(jobs.c.turn + jobs.c.cost)
                 .where(jobs.c.owner == owner, jobs.c.kind == "video")
@@ -110,7 +117,8 @@ class JobStore(WorkQueue):
 
     def _check_room(self, connection: Connection, max_waiting_cost: float | None) -> None:
         query = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(jobs.c.cost), 0.0))
-        waiting, cost = connection.execute(query.where(jobs.c.state == _QUEUED)).one()
+        videos = query.where(jobs.c.state == _QUEUED, jobs.c.kind == "video")
+        waiting, cost = connection.execute(videos).one()
         if waiting >= self._max_queued:
             raise QueueFull(f"{waiting} jobs are waiting, and {self._max_queued} may; try again later")
         if max_waiting_cost is not None and waiting and cost > max_waiting_cost:
@@ -248,10 +256,3 @@ class JobStore(WorkQueue):
         found = find_row(connection, this)
         assert found is not None
         return found
-
-
-def _check_own_room(connection: Connection, owner: str, most: int) -> None:
-    mine = sa.and_(jobs.c.owner == owner, jobs.c.state == _QUEUED)
-    waiting = connection.scalar(sa.select(sa.func.count()).select_from(jobs).where(mine)) or 0
-    if waiting >= most:
-        raise QueueFull(f"{waiting} jobs of this key are waiting, and {most} may; try again later")

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,7 +39,7 @@ class Board:
     def __init__(self) -> None:
         self._news: dict[str, dict[str, Any]] = {}
         self._previews: dict[str, str] = {}
-        self._watched: set[str] = set()
+        self._watched: Counter[str] = Counter()
         self._listeners: dict[str, list[Callable[[], object]]] = {}
         self._lock = threading.Lock()
         self.outcomes: dict[str, int] = {}
@@ -90,10 +91,19 @@ class Board:
             self._previews[job_id] = picture
         self._tell(job_id)
 
-    def watch(self, job_id: str, *, looking: bool) -> None:
-        """Whether somebody looks on: remembered for a worker that begins the job later."""
+    def watch(self, job_id: str) -> None:
+        """One more looks on: remembered for a worker that begins the job later."""
         with self._lock:
-            (self._watched.add if looking else self._watched.discard)(job_id)
+            self._watched[job_id] += 1
+
+    def unwatch(self, job_id: str) -> bool:
+        """One fewer; True when nobody is left."""
+        with self._lock:
+            self._watched[job_id] -= 1
+            if self._watched[job_id] > 0:
+                return False
+            del self._watched[job_id]
+            return True
 
     def watched(self, job_id: str) -> bool:
         """Whether somebody looks on."""
@@ -159,19 +169,28 @@ class Supervisor:
 
     def wake(self) -> None:
         """Tell the workers that the queue has something."""
-        for keeper in self._keepers:
-            keeper.send(wake=True)
+        self._tell_the_ready(wake=True)
 
     def cancel(self, job_id: str) -> None:
         """Tell whoever runs the job to stop; the database knows it already."""
-        for keeper in self._keepers:
-            keeper.send(cancel=job_id)
+        self._tell_the_ready(cancel=job_id)
 
     def watch(self, job_id: str) -> None:
         """Have whoever runs the job, now or later, send pictures of it."""
-        self._board.watch(job_id, looking=True)
+        self._board.watch(job_id)
+        self._tell_the_ready(watch=job_id)
+
+    def unwatch(self, job_id: str) -> None:
+        """One of those who looked on is gone."""
+        if self._board.unwatch(job_id):
+            self._tell_the_ready(unwatch=job_id)
+
+    def _tell_the_ready(self, **message: Any) -> None:
+        # One that opens its model hears nothing yet: messages would fill its socket, and block whoever sends.
+        # When it is ready it looks at the queue by itself, and what is watched is told with each job's start.
         for keeper in self._keepers:
-            keeper.send(watch=job_id)
+            if keeper.ready:
+                keeper.send(**message)
 
     def stop(self, *, finish_s: float = 0.0) -> None:
         """Let running jobs go on for `finish_s` seconds, have the rest put back, and wait for the workers."""
@@ -201,10 +220,10 @@ class _Keeper:
         self._number = number
         self._channel: Channel | None = None
         self._lock = threading.Lock()
-        # Of the process that runs now: whether it finished a job, what it said at its end, its job.
+        # Of the process that runs now: whether it finished a job, what it said at its end, its jobs.
         self._finished_some = False
         self._said: str | None = None
-        self._running: str | None = None
+        self._running: set[str] = set()
         self.process: subprocess.Popen[bytes] | None = None
         self.thread = threading.Thread(target=self._keep, name=f"keeper {number}", daemon=True)
         self.stopping = threading.Event()
@@ -273,14 +292,14 @@ class _Keeper:
         channel.close()
         code = process.wait()
         self.process = None
-        if self._running is not None:
-            self._board.post(self._running, None)
+        for job_id in self._running:
+            self._board.post(job_id, None)
         if self.refusal is not None:
             self.settled.set()
         return self._finished_some, self._said or _ending(code)
 
     def _forget(self) -> None:
-        self._finished_some, self._said, self._running = False, None, None
+        self._finished_some, self._said, self._running = False, None, set()
 
     def _hear(self, message: dict[str, Any]) -> None:
         if message.get("ready"):
@@ -293,20 +312,27 @@ class _Keeper:
         elif "preview" in message:
             self._board.post_preview(message["job"], message["preview"])
         elif message.get("started"):
-            self._running = message["started"]
+            self._running.add(message["started"])
             if self._board.watched(message["started"]):
                 self.send(watch=message["started"])
         elif message.get("ended"):
-            self._finished_some, self._running = True, None
-            self._board.ended(message["ended"], message["state"], message["seconds"])
-            if self._on_end is not None:
-                self._on_end(message["ended"], message["state"], message["seconds"])
+            self._ended(message["ended"], message["state"], message["seconds"])
         elif message.get("refused"):
             self._said = message["refused"]
             if not self.settled.is_set():
                 self.refusal = self._said
         elif message.get("died"):
             self._said = message["died"]
+
+    def _ended(self, job_id: str, state: str, seconds: float) -> None:
+        self._finished_some = True
+        self._running.discard(job_id)
+        self._board.ended(job_id, state, seconds)
+        if self._on_end is not None:
+            try:
+                self._on_end(job_id, state, seconds)
+            except Exception:  # noqa: BLE001 - this thread is the only one that hears the worker
+                _log.exception("what follows the end of job %s failed", job_id)
 
 
 def _ending(code: int) -> str:

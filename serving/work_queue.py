@@ -88,8 +88,8 @@ class WorkQueue:
                     progress=sa.null(),
                 )
             )
-            # What came along ahead of its turn doesn't move the clock.
-            connection.execute(sa.update(queue_clock).values(turn=max(clock, first.turn)))
+            if like is None:  # what came along ahead of its turn doesn't move the clock
+                connection.execute(sa.update(queue_clock).values(turn=max(clock, first.turn)))
             taken = [find_row(connection, jobs.c.number == number) for number in numbers]
             return [Claim(job_of(row), worker, row.attempt) for row in taken if row is not None]
 
@@ -208,6 +208,7 @@ class WorkQueue:
             .values(
                 worker=None,
                 lease_until=None,
+                batch_key=None,  # what kills a worker shall not take others along again
                 crashes=jobs.c.crashes + 1,
                 last_failure=reason,
                 progress=sa.null(),

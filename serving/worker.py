@@ -24,6 +24,7 @@ from proteus_deploy.errors import Cancelled, InputError, ProteusError
 from proteus_deploy.provenance import mark_generated
 from proteus_deploy.serving.database import database_url, open_database
 from proteus_deploy.serving.jobs import Claim, JobFailure, JobState, LostClaim
+from proteus_deploy.serving.logs import write_logs
 from proteus_deploy.serving.measures import resident_bytes
 from proteus_deploy.serving.messages import Channel, WorkerSettings
 from proteus_deploy.serving.previews import Previews
@@ -75,6 +76,8 @@ class Worker:
                     work.drop(claim, "cancelled")
                 if message.get("watch") == claim.job.id and work.previews is not None:
                     work.previews.watch(row)
+                if message.get("unwatch") == claim.job.id and work.previews is not None:
+                    work.previews.unwatch(row)
             if message.get("stop"):
                 self.stop(at_once=message["stop"] == "now")
             self._wake.set()
@@ -283,6 +286,7 @@ def main(descriptor: int) -> int:
     from proteus_deploy.stage_cache import StageCache
 
     settings = WorkerSettings.from_json(first)
+    write_logs(as_json=settings.log_json)
     try:
         cache = StageCache(settings.cache_bytes) if settings.cache_bytes else None
         with open_pipeline(settings.pipeline, cache) as pipeline:

@@ -43,7 +43,12 @@ def test_other_tools_read_it(saved: Path) -> None:
 
 def test_what_is_no_mp4(saved: Path, tmp_path: Path) -> None:
     whole = saved.read_bytes()
-    for name, content in (("cut", whole[:-1]), ("text", b"hello, this is text"), ("short", whole[:6])):
+    for name, content in (
+        ("cut", whole[:-1]),
+        ("text", b"hello, this is text"),
+        ("short", whole[:6]),
+        ("empty", b""),
+    ):
         path = tmp_path / f"{name}.mp4"
         path.write_bytes(content)
         with pytest.raises(InputError, match="is no whole mp4"):

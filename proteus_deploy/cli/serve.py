@@ -18,6 +18,7 @@ HELP = "serve a bundle or checkpoint over HTTP, in the shape of OpenAI's video A
 
 _BUNDLE_BACKENDS = ("onnxruntime", "openvino", "tensorrt", "aotinductor")
 _CHECKPOINT_BACKENDS = ("eager", "compiled")
+_LONGEST_BATCH_WAIT_MS = 5000
 _PACKAGES = ("fastapi", "uvicorn", "sqlalchemy", "alembic", "python_multipart", "prometheus_client")
 
 
@@ -178,6 +179,7 @@ def _settings(arguments: argparse.Namespace) -> ServiceSettings:
         warm_up=not arguments.no_warm_up,
         provenance=not arguments.no_provenance,
         traces=arguments.traces,
+        log_json=arguments.log_json,
         keys=Keys() if arguments.api_keys is None else Keys.read(arguments.api_keys),
     )
 
@@ -209,6 +211,11 @@ def _check_backend(kind: str, arguments: argparse.Namespace) -> None:
         raise InputError(
             f"--batch-wait-ms is {arguments.batch_wait_ms:g} and --max-batch 1, so there is nothing to wait "
             "for; raise --max-batch, or leave it out"
+        )
+    if arguments.batch_wait_ms > _LONGEST_BATCH_WAIT_MS:
+        raise InputError(
+            f"--batch-wait-ms is {arguments.batch_wait_ms:g}; at most {_LONGEST_BATCH_WAIT_MS}, as a job "
+            "that waits in a worker's hands for longer is taken for lost"
         )
     if arguments.low_memory and arguments.workers > 1:
         raise InputError(

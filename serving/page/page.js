@@ -248,6 +248,7 @@ function remove(id) {
   cards.get(id)?.remove();
   cards.delete(id);
   photos.delete(id);
+  if (lastShown === id) lastShown = [...cards.keys()].at(-1) ?? null; // the cursor has to be there
   if (files.get(id)) URL.revokeObjectURL(files.get(id));
   files.delete(id);
   if (compared.includes(id)) compare(id);
@@ -255,21 +256,34 @@ function remove(id) {
 }
 
 // Server-sent events, read by hand: EventSource can't send a key.
+// A browser has six connections for a host; most must stay free for everything else.
+const STREAMS = 2;
+const followed = new Set();
+let streams = 0;
+
 async function follow(id) {
+  if (followed.has(id)) return;
+  followed.add(id);
+  try {
+    await followToTheEnd(id);
+  } finally {
+    followed.delete(id);
+  }
+}
+
+async function followToTheEnd(id) {
   for (;;) {
+    const streaming = streams < STREAMS;
     try {
-      const answer = await ask(`v1/videos/${id}/events?preview=true`);
-      const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-      let text = "";
-      for (;;) {
-        const { value, done } = await reader.read();
-        if (done) break;
-        text += value;
-        const parts = text.split("\n\n");
-        text = parts.pop();
-        for (const part of parts) {
-          const line = part.split("\n").find((each) => each.startsWith("data: "));
-          if (line && cards.has(id)) show(JSON.parse(line.slice(6)));
+      if (!streaming) {
+        const video = await askJson(`v1/videos/${id}`);
+        if (cards.has(id)) show(video);
+      } else {
+        streams += 1;
+        try {
+          await readEvents(id);
+        } finally {
+          streams -= 1;
         }
       }
     } catch (error) {
@@ -277,7 +291,24 @@ async function follow(id) {
       if (error.status === 401) return;
     }
     if (!cards.has(id) || ENDED.has(cards.get(id).video.status)) return;
-    await new Promise((resolve) => setTimeout(resolve, 1000)); // the server went away: it will be back
+    await new Promise((resolve) => setTimeout(resolve, 1000)); // a look a second, or the server went away
+  }
+}
+
+async function readEvents(id) {
+  const answer = await ask(`v1/videos/${id}/events?preview=true`);
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    text += value;
+    const parts = text.split("\n\n");
+    text = parts.pop();
+    for (const part of parts) {
+      const line = part.split("\n").find((each) => each.startsWith("data: "));
+      if (line && cards.has(id)) show(JSON.parse(line.slice(6)));
+    }
   }
 }
 

@@ -139,6 +139,7 @@ def test_events_end_with_the_video(client: TestClient, service: Service, create:
         ({"seconds": "inf"}, "seconds"),
         ({"seed": "-1"}, "seed is -1"),
         ({"output_path": "/etc/passwd"}, "output_path"),
+        ({"seconds": "10", "fps": "1e308"}, "fps"),
         ({"plan": '{"cache": {"kind": "none"}}'}, "plan"),
         ({"prompt": "a\0b"}, "NUL"),
         ({"input_reference": "/etc/passwd"}, "sent twice"),

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from proteus_deploy.serving.jobs import Claim, JobFailure, JobResult
+from proteus_deploy.serving.characters import CharacterStore, TooManyCharacters
+from proteus_deploy.serving.jobs import Claim, JobFailure, JobResult, QueueFull
 from proteus_deploy.serving.service import Service
 
 VIDEO = {"prompt": "a person waves", "num_inference_steps": 2}
@@ -103,15 +104,27 @@ def test_refused(client: TestClient, service: Service, register: Any, drawn_phot
     files = {"input_reference": ("photo.png", drawn_photo, "image/png")}
     both = client.post("/v1/videos", data=VIDEO | {"character": made["id"]}, files=files)
     assert "send one of them" in _error(both, 400)["message"]
-    for unknown in ("char_0", "../../x", "x" * 101):
+    for unknown in ("char_0", "../../x", "x" * 101, "char_\0"):
         answer = client.post("/v1/videos", json=VIDEO | {"character": unknown})
-        assert _error(answer, 400 if len(unknown) > 100 else 404)["param"] == "character"
+        refused = len(unknown) > 100 or "\0" in unknown
+        assert _error(answer, 400 if refused else 404)["param"] == "character"
     assert "NUL" in _error(register(name="a\0b"), 400)["message"]
     assert _error(register(weight="5"), 400)["param"] == "weight"
     assert _error(client.post("/v1/characters", data={"name": "x"}), 400)["param"] == "input_reference"
     files = {"input_reference": ("photo.png", b"not a photo", "image/png")}
     assert _error(client.post("/v1/characters", files=files), 400)["param"] == "input_reference"
     assert len(service.characters.list("anonymous")[0]) == 1
+
+
+def test_limits(service: Service, drawn_photo: bytes) -> None:
+    store = CharacterStore(service.engine, max_each=2)
+    for _ in range(2):
+        store.create("anna", drawn_photo, face_index=None)
+    with pytest.raises(TooManyCharacters, match="2 characters are registered, and 2 may"):
+        store.create("anna", drawn_photo, face_index=None)
+    with pytest.raises(QueueFull, match="of this key"):
+        service.characters.create("anna", drawn_photo, face_index=None, max_own_queued=2)
+    store.create("bert", drawn_photo, face_index=None, max_own_queued=1)
 
 
 def test_seen_by_its_owner_only(service: Service, drawn_photo: bytes) -> None:

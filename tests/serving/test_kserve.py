@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import threading
 import time
 from typing import Any
@@ -60,10 +61,13 @@ def test_a_video_in_one_request(client: TestClient, service: Service, drawn_phot
         (_tensor("photo", "%%%"), "photo holds no base64"),
         (_tensor("num_inference_steps", 0, "INT64"), "input_reference is missing"),
         ({"name": "seed"}, "shape: Field required"),
+        (_tensor("\ud800", "x"), "the model has no input"),
+        (_tensor("identity_prompt", "a\0b"), "NUL"),
     ],
 )
 def test_refused(client: TestClient, service: Service, tensor: dict[str, Any], said: str) -> None:
-    answer = client.post(INFER, json={"inputs": [_tensor("prompt", "a person waves"), tensor]})
+    body = json.dumps({"inputs": [_tensor("prompt", "a person waves"), tensor]})
+    answer = client.post(INFER, content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
     assert said in answer.json()["error"]["message"]
     assert service.store.page()[0] == []

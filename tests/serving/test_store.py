@@ -440,6 +440,27 @@ def test_a_batch_is_of_one_kind_and_in_order(store: JobStore) -> None:
     assert take(9) == [ids[3]], "one without a key is alone"
 
 
+def test_what_comes_along_moves_no_clock(store: JobStore) -> None:
+    """A's second job is taken for A's batch; who comes later doesn't wait behind its turn."""
+    for _ in range(2):
+        store.submit("anna", {}, cost=1000.0, batch_key="a")
+    bert = [store.submit("bert", {}, cost=10.0)[0] for _ in range(3)]
+    assert len(store.claim_batch("w", lease_s=LEASE_S, limit=1)) == 1
+    assert len(store.claim_batch("w", lease_s=LEASE_S, limit=1, like="a")) == 1
+    carl, _ = store.submit("carl", {}, cost=1.0)
+    order = [_claim(store).job.id for _ in range(4)]
+    assert order.index(carl.id) == 1, "behind bert's first, as their turns are equal"
+    assert [one for one in order if one != carl.id] == [job.id for job in bert]
+
+
+def test_a_batch_that_killed_its_worker_is_made_one_by_one(store: JobStore, clock: Clock) -> None:
+    for _ in range(2):
+        store.submit("anna", {}, batch_key="a")
+    store.claim_batch("w", lease_s=LEASE_S, limit=2)
+    clock.now += LEASE_S + 1
+    assert [len(store.claim_batch("w", lease_s=LEASE_S, limit=2)) for _ in range(3)] == [1, 1, 0]
+
+
 def test_put_back_to_be_alone(store: JobStore) -> None:
     for _ in range(2):
         store.submit("anna", {}, batch_key="a")

@@ -1,0 +1,75 @@
+"""What workers say, kept and told on: who looks on, who is ready to hear."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from proteus_deploy.serving.previews import Previews
+from proteus_deploy.serving.supervisor import Board
+
+
+def test_looking_on_ends_with_the_last() -> None:
+    board = Board()
+    board.watch("a")
+    board.watch("a")
+    assert not board.unwatch("a")
+    assert board.watched("a")
+    assert board.unwatch("a")
+    assert not board.watched("a")
+
+
+def test_news_are_told_until_nobody_listens() -> None:
+    board, told = Board(), list[str]()
+    with board.listening("a", lambda: told.append("a")), board.listening("a", lambda: told.append("too")):
+        board.post("a", {"percent": 1})
+        board.post("b", {"percent": 1})
+        board.post_preview("a", "data:")
+    board.ended("a", "completed", 1.0)
+    assert told == ["a", "too", "a", "too"]
+    assert board.progress("a") is None
+    assert board.preview("a") is None
+    assert board._listeners == {}
+
+
+class _Event:
+    index, total = 0, 10
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_video(caplog: pytest.LogCaptureFixture) -> None:
+    drawn: list[int] = []
+
+    def draw(_event: Any, row: int) -> Any:
+        drawn.append(row)
+        raise RuntimeError("out of memory")
+
+    previews = Previews(draw, lambda *_: pytest.fail("nothing was drawn"), clock=lambda: 0.0)
+    previews.on_step(_Event())  # type: ignore[arg-type]
+    assert drawn == [], "nobody looks"
+    previews.watch(1)
+    for _ in range(3):
+        previews.on_step(_Event())  # type: ignore[arg-type]
+    assert drawn == [1], "it isn't tried again"
+
+
+def test_pictures_take_a_tenth_of_the_time() -> None:
+    import numpy as np
+
+    now, sent = [0.0], list[tuple[int, str]]()
+
+    def draw(_event: Any, _row: int) -> Any:
+        now[0] += 0.5
+        return np.zeros((400, 800, 3), np.uint8)
+
+    previews = Previews(draw, lambda row, picture: sent.append((row, picture)), clock=lambda: now[0])
+    previews.watch(0)
+    for _ in range(200):
+        previews.on_step(_Event())  # type: ignore[arg-type]
+        now[0] += 0.1
+    assert 3 <= len(sent) <= 5, "20 s of steps"
+    assert sent[0][1].startswith("data:image/jpeg;base64,")
+    previews.unwatch(0)
+    now[0] += 100
+    previews.on_step(_Event())  # type: ignore[arg-type]
+    assert len(sent) <= 5
