@@ -21,6 +21,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="the package play
 pytestmark = pytest.mark.slow
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+_PATIENCE_MS = 180_000  # a busy machine takes its time; nothing here is about speed
 _QUIET = [
     "--no-sandbox",
     "--disable-gpu",
@@ -44,6 +45,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, serve_process: type[Server]
 def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("Chromium is not installed on this machine")
+    playwright.expect.set_options(timeout=_PATIENCE_MS)
     with playwright.sync_playwright() as runner:
         opened = runner.chromium.launch(executable_path=CHROMIUM, args=_QUIET)
         yield opened
@@ -62,6 +64,7 @@ class Visitor:
 
     def __init__(self, browser: Any, url: str, **device: Any) -> None:
         self.page = browser.new_context(**device).new_page()
+        self.page.set_default_timeout(_PATIENCE_MS)
         self.wrong: list[str] = []
         self.asked: list[str] = []
         self.page.on("console", self._hear)
@@ -80,7 +83,7 @@ class Visitor:
     def finished(self, index: int = 0) -> Any:
         """The card, once its video can be played."""
         card = self.card(index)
-        card.locator("video").wait_for(timeout=120_000)
+        card.locator("video").wait_for()
         playwright.expect(card.locator("video")).to_have_js_property("readyState", 4)
         return card
 
