@@ -139,7 +139,11 @@ def test_a_batch_and_the_one_that_spoils_it(service: Service, drawn_photo: bytes
     photos = (drawn_photo, b"no photo", drawn_photo)
     jobs = [service.store.submit("anna", REQUEST, photo=photo, batch_key="x")[0] for photo in photos[:2]]
     alone, _ = service.store.submit("anna", REQUEST, photo=drawn_photo, batch_key="y")
-    service.store.cancel(long.id)
+    pair = [
+        service.store.submit("anna", {**REQUEST, "seed": seed}, photo=drawn_photo, batch_key="z")[0]
+        for seed in (3, 4)
+    ]
+    service.store.cancel(long.id)  # all the others wait by now
     service.supervisor.cancel(long.id)
     good, bad = (service.wait(job) for job in jobs)
     assert bad.failure is not None
@@ -147,8 +151,6 @@ def test_a_batch_and_the_one_that_spoils_it(service: Service, drawn_photo: bytes
     assert good.result is not None
     assert (good.attempt, good.crashes, good.result.facts["batch"]) == (2, 0, 1)
     assert service.wait(alone).state is JobState.COMPLETED
-    pair = [service.store.submit("anna", {**REQUEST, "seed": seed}, photo=drawn_photo, batch_key="x")[0]
-            for seed in (3, 4)]  # fmt: skip
     results = [service.wait(job).result for job in pair]
     assert [result.facts["batch"] for result in results if result is not None] == [2, 2]
     assert [result.facts["seed"] for result in results if result is not None] == [3, 4]
