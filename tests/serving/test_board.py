@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from proteus_deploy.serving.messages import Channel, PipelineChoice, WorkerSettings
 from proteus_deploy.serving.previews import Previews
-from proteus_deploy.serving.supervisor import Board
+from proteus_deploy.serving.supervisor import Board, Supervisor
 
 
 def test_looking_on_ends_with_the_last() -> None:
@@ -31,6 +34,26 @@ def test_news_are_told_until_nobody_listens() -> None:
     assert board.progress("a") is None
     assert board.preview("a") is None
     assert board._listeners == {}
+
+
+def test_a_worker_that_opens_its_model_is_told_nothing(tmp_path: Path) -> None:
+    """It doesn't read yet: a socket that fills up would block whoever asks for a video."""
+    settings = WorkerSettings("node-", PipelineChoice("checkpoint", "none"), "sqlite://", str(tmp_path))
+    supervisor = Supervisor(settings, None, Board())  # type: ignore[arg-type]
+    (keeper,) = supervisor._keepers
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.settimeout(0.05)
+        keeper._channel = Channel(ours)
+        supervisor.wake()
+        supervisor.cancel("video_0")
+        supervisor.watch("video_0")
+        with pytest.raises(TimeoutError):
+            theirs.recv(1)
+        keeper.ready = True
+        supervisor.wake()
+        assert theirs.recv(100) == b'{"wake": true}\n'
+    assert supervisor._board.watched("video_0"), "told with the start of the job"
 
 
 class _Event:
