@@ -76,12 +76,11 @@ class ServiceSettings:
 
 @dataclass(frozen=True)
 class _Load:
-    """rate: cost that all workers do in a second. waiting, running: cost that is left. jobs: running."""
+    """rate: cost that all workers do in a second. waiting, running: cost that is left."""
 
     rate: float | None
     waiting: float
     running: float
-    jobs: int
 
 
 class Service:
@@ -184,8 +183,9 @@ class Service:
         load = self._load()
         if load.rate is None:
             return _UNKNOWN_RETRY_S
-        # Until the next of the waiting jobs begins there is no more room than now.
-        next_s = load.running / load.rate / max(1, load.jobs)
+        # Until the next of the waiting jobs begins there is no more room than now. The workers' jobs run at
+        # the same time, so each has its own worker's share of the rate.
+        next_s = load.running / load.rate
         limit_s = self.settings.max_wait_s
         over_s = 0.0 if limit_s is None else (load.waiting + load.running) / load.rate - limit_s
         return max(1, math.ceil(max(next_s, over_s)))
@@ -204,7 +204,7 @@ class Service:
         busy = len({job.worker for job in running})
         rate, workers = self.store.rate(), max(1, self.supervisor.ready, busy)
         _, waiting = self.store.counts()["queued"]
-        return _Load(None if rate is None else rate * workers, waiting, rest, len(running))
+        return _Load(None if rate is None else rate * workers, waiting, rest)
 
     def _keep_house(self) -> None:
         while not self.stopping.wait(_HOUSEKEEPING_S):
