@@ -51,7 +51,7 @@ def source_type(path: str | Path) -> str | None:
     size = Path(path).stat().st_size
     with Path(path).open("rb") as stream:
         at = 0
-        while at < size or not size:
+        while at < max(size, 1):  # an empty file has no first box either
             stream.seek(at)
             length, kind = struct.unpack(">I4s", stream.read(8).ljust(8, b"\0"))
             header = 8

@@ -25,6 +25,8 @@ from proteus_deploy.serving.body_limit import BodyLimit
 from proteus_deploy.serving.character_routes import add_character_routes
 from proteus_deploy.serving.create_video import CreateVideo, read_body
 from proteus_deploy.serving.following import job_events, shown_job
+from proteus_deploy.serving.jobs import Job
+from proteus_deploy.serving.keys import Key
 from proteus_deploy.serving.kserve_routes import add_kserve_routes
 from proteus_deploy.serving.logs import RequestIds
 from proteus_deploy.serving.metrics import metrics_text
@@ -78,6 +80,11 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
+async def _order(request: Request, service: Service, key: Key, idempotency_key: str | None) -> Job:
+    body, photo = await read_body(request, CreateVideo)
+    return await submit(service, key, body, photo, idempotency_key, request.headers.get("traceparent"))
+
+
 def _add_create_routes(app: FastAPI) -> None:
     made = answers(VideoObject, creating=True)
 
@@ -86,13 +93,7 @@ def _add_create_routes(app: FastAPI) -> None:
         request: Request, service: ServiceOf, key: KeyOf, idempotency_key: _IdempotencyKey = None
     ) -> JSONResponse:
         """Put a video in the queue; it is on the disk when this answers."""
-        job = await submit(
-            service,
-            key,
-            *await read_body(request, CreateVideo),
-            idempotency_key,
-            request.headers.get("traceparent"),
-        )
+        job = await _order(request, service, key, idempotency_key)
         return JSONResponse(video_object(service, job))
 
     @app.post(
@@ -105,13 +106,7 @@ def _add_create_routes(app: FastAPI) -> None:
         request: Request, service: ServiceOf, key: KeyOf, idempotency_key: _IdempotencyKey = None
     ) -> Response:
         """Make a video and answer with its mp4; who goes away cancels it."""
-        job = await submit(
-            service,
-            key,
-            *await read_body(request, CreateVideo),
-            idempotency_key,
-            request.headers.get("traceparent"),
-        )
+        job = await _order(request, service, key, idempotency_key)
         done = await wait_for(service, key.name, request, job)
         return Response(status_code=499) if done is None else video_file(service, done)
 

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
@@ -41,6 +41,11 @@ _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 _DATA_URL = re.compile(r"data:image/[a-z.+-]+;base64,", re.IGNORECASE)
 
 
+_Photo = Annotated[
+    Any, Field(description='the photo: a file of the form, or {"image_url": "data:image/…;base64,…"}')
+]
+
+
 class CreateVideo(BaseModel):
     """A video to make: the fields of OpenAI's API, and those of the model."""
 
@@ -63,9 +68,7 @@ class CreateVideo(BaseModel):
     model: str | None = None
     seconds: float | None = Field(None, gt=0, le=3600, allow_inf_nan=False)
     size: str | None = Field(None, description="width x height in pixels, such as 720x480")
-    input_reference: Any = Field(
-        None, description='the photo: a file of the form, or {"image_url": "data:image/…;base64,…"}'
-    )
+    input_reference: _Photo = None
     identity_prompt: str = ""
     negative_prompt: str | None = None
     width: int | None = None
@@ -105,9 +108,7 @@ class CreateCharacter(BaseModel):
         },
     )
 
-    input_reference: Any = Field(
-        None, description='the photo: a file of the form, or {"image_url": "data:image/…;base64,…"}'
-    )
+    input_reference: _Photo = None
     name: str = Field("", max_length=200)
     identity_prompt: str = Field("", max_length=20_000)
     face_index: int | None = Field(None, ge=0, le=1000)
