@@ -23,7 +23,7 @@ from typing import Any
 
 from proteus_deploy._files import check_writable, write_json
 from proteus_deploy.benchmarks.machine import describe_commit, describe_machine, describe_versions
-from proteus_deploy.benchmarks.serving_server import ServerProcess, ask, drawn_photo, events, order
+from proteus_deploy.benchmarks.serving_server import ServerProcess, ask, drawn_photo, events, finished, order
 
 __all__ = ["main"]
 
@@ -32,25 +32,30 @@ _STEPS = 20
 
 def _made(url: str, body: dict[str, Any]) -> dict[str, Any]:
     """The finished video object."""
-    job_id = ask(f"{url}/v1/videos", "POST", body).json["id"]
-    *_, last = events(f"{url}/v1/videos/{job_id}/events")
-    return last
+    return finished(url, ask(f"{url}/v1/videos", "POST", body).json["id"])
 
 
 def _cancelled(url: str, body: dict[str, Any], after_s: float) -> dict[str, Any]:
-    """{stage, steps, seconds, status}: where it was cancelled, steps begun after that, until it was over."""
+    """{stage, seconds, steps, status}: where it was cancelled, what went by until the worker was free.
+
+    steps: denoising steps that ended after the cancellation; the one at hand is the first of them.
+    """
     job_id = ask(f"{url}/v1/videos", "POST", body).json["id"]
     route = f"{url}/v1/videos/{job_id}"
     time.sleep(after_s)
-    before = ask(route).json
     began_s = time.monotonic()
     answer = ask(f"{route}/cancel", "POST")
     if answer.status == 409:  # finished meanwhile
-        return {"stage": "finished", "seconds": 0.0, "status": ask(route).json["status"]}
-    stream = events(f"{route}/events")
-    *_, last = stream
-    stage = (before.get("stage") or {"stage": before["status"]})["stage"]
-    return {"stage": stage, "seconds": time.monotonic() - began_s, "status": last["status"]}
+        return {"stage": "finished", "seconds": 0.0, "steps": 0, "status": ask(route).json["status"]}
+    shown = [answer.json, *events(f"{route}/events")]
+    stages = [one["stage"] for one in shown if one.get("stage")]
+    done = [stage["done"] for stage in stages if stage["stage"] == "denoise"]
+    return {
+        "stage": stages[0]["stage"] if stages else shown[0]["status"],
+        "seconds": time.monotonic() - began_s,
+        "steps": done[-1] - done[0] if done else 0,
+        "status": shown[-1]["status"],
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         for stage in sorted({row["stage"] for row in rows})
     }
-    wrong = []
+    wrong = [f"{row['steps']} steps went by: {row}" for row in rows if row["steps"] > 1]
     if again["sha256"] != first["sha256"]:
         wrong.append("the video after the cancelled ones has other bytes than the one before them")
     if float(restarts) or len(workers) != 1:
@@ -104,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for stage, found in by_stage.items()
             if found
         },
+        "steps_after": dict(sorted(Counter(str(row["steps"]) for row in rows).items())),
         "ended": dict(Counter(row["status"] for row in rows)),
         "same_bytes": again["sha256"] == first["sha256"],
         "wrong": wrong,

@@ -27,7 +27,7 @@ from typing import Any
 
 from proteus_deploy._files import check_writable, write_json
 from proteus_deploy.benchmarks.machine import describe_commit, describe_machine, describe_versions
-from proteus_deploy.benchmarks.serving_server import ServerProcess, ask, drawn_photo, events, order
+from proteus_deploy.benchmarks.serving_server import ServerProcess, ask, drawn_photo, finished, order
 
 __all__ = ["main"]
 
@@ -87,11 +87,6 @@ def _sizes(server: ServerProcess) -> dict[str, int]:
     return found
 
 
-def _finished(url: str, job_id: str) -> str:
-    *_, last = events(f"{url}/v1/videos/{job_id}/events")
-    return str(last["status"])
-
-
 def _p99(values: list[float]) -> float:
     return statistics.quantiles(values, n=100)[98]
 
@@ -111,7 +106,7 @@ def _retry_after(url: str, body: dict[str, Any]) -> dict[str, Any]:
     if due.status == 200:
         ids.append(due.json["id"])
     for job_id in ids:
-        _finished(url, job_id)
+        finished(url, job_id)
     return {"said_s": said_s, "at_half": early.status, "when_due": due.status}
 
 
@@ -137,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for _ in range(5):
             began_s = time.monotonic()
             job_id = ask(f"{server.url}/v1/videos", "POST", body).json["id"]
-            _finished(server.url, job_id)
+            finished(server.url, job_id)
             seconds.append(time.monotonic() - began_s)
         each_s = statistics.median(seconds[1:])
         unloaded = [_get_ms(server.url, job_id) for _ in range(_UNLOADED_GETS)]
@@ -156,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         load.stop.set()
         for thread in threads:
             thread.join()
-        states = Counter(_finished(server.url, one) for one in load.accepted)
+        states = Counter(finished(server.url, one)["status"] for one in load.accepted)
         retries = [_retry_after(server.url, body) for _ in range(_TRIES)]
         code = server.stop()
     half = len(load.samples) // 2

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from proteus_deploy.errors import BackendError
 
-__all__ = ["Answer", "ServerProcess", "ask", "blank_photo", "drawn_photo", "events", "order"]
+__all__ = ["Answer", "ServerProcess", "ask", "blank_photo", "drawn_photo", "events", "finished", "order"]
 
 _START_S = 180.0
 
@@ -80,6 +80,12 @@ def drawn_photo(person: int = 0) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(make_photo(HELD_OUT_SEEDS[person], 0).image).save(stream, "png")
     return stream.getvalue()
+
+
+def finished(url: str, job_id: str) -> dict[str, Any]:
+    """The video object when the job has ended."""
+    *_, last = events(f"{url}/v1/videos/{job_id}/events")
+    return last
 
 
 def blank_photo() -> bytes:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from proteus_deploy._files import check_writable, write_json
 from proteus_deploy.benchmarks.machine import describe_commit, describe_machine, describe_versions
-from proteus_deploy.benchmarks.serving_server import ServerProcess, ask, drawn_photo, events, order
+from proteus_deploy.benchmarks.serving_server import ServerProcess, ask, drawn_photo, finished, order
 from proteus_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _by_library(pipeline: Pipeline, photo: bytes, folder: Path) -> float:
 def _by_server(url: str, body: dict[str, Any]) -> float:
     began_s = time.monotonic()
     job_id = ask(f"{url}/v1/videos", "POST", body).json["id"]
-    *_, last = events(f"{url}/v1/videos/{job_id}/events")
+    last = finished(url, job_id)
     if last["status"] != "completed":
         raise InputError(f"the server's video is {last['status']}: {last['error']}")
     ask(f"{url}/v1/videos/{job_id}/content")
@@ -70,7 +70,7 @@ def _full_queue(url: str, photo: bytes) -> float:
         for seed in range(_WAITING)
     ]
     for job_id in ids:
-        *_, last = events(f"{url}/v1/videos/{job_id}/events")
+        last = finished(url, job_id)
         if last["status"] != "completed":
             raise InputError(f"the server's video is {last['status']}: {last['error']}")
     return time.monotonic() - began_s
