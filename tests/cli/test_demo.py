@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -169,6 +171,12 @@ def test_second_run_reuses_verifies_and_makes_the_video(
     assert json.loads((folder / "verification.json").read_text())["passed"] is True
     assert "| onnxruntime | denoiser |" in (folder / "verification.md").read_text()
     assert read_video(folder / "video.mp4").frames.shape == (1, 17, 3, 96, 96)
+    example = Path(__file__).parents[2] / "examples" / "library.py"
+    words = [str(folder / "bundle"), str(folder / "photo.png"), str(tmp_path / "out.mp4")]
+    done = subprocess.run([sys.executable, str(example), *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "step 25 of 25"
+    assert read_video(tmp_path / "out.mp4").metadata["seed"] == 42
 
 
 def test_it_can_end_in_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,13 +33,15 @@ def test_health_and_metadata(client: TestClient) -> None:
 
 def test_a_video_in_one_request(client: TestClient, service: Service, drawn_photo: bytes) -> None:
     def work() -> None:
+        until_s = time.monotonic() + 60
         while (claim := service.store.claim("w", lease_s=60)) is None:
+            assert time.monotonic() < until_s, "the request put no job in the queue"
             time.sleep(0.01)
         assert service.store.photo(claim) == drawn_photo
         result = service.results.write(claim, lambda path: path.write_bytes(b"an mp4") and None, {})  # type: ignore[arg-type]
         service.store.complete(claim, result)
 
-    worker = threading.Thread(target=work)
+    worker = threading.Thread(target=work, daemon=True)
     worker.start()
     photo = base64.b64encode(drawn_photo).decode()
     inputs = [_tensor("prompt", "a person waves"), _tensor("photo", photo), _tensor("seed", 7, "INT64")]
