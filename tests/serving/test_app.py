@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 from proteus_deploy.checkpoint import Checkpoint
 from proteus_deploy.errors import InputError
 from proteus_deploy.serving.jobs import Claim, JobFailure
-from proteus_deploy.serving.service import Service
+from proteus_deploy.serving.service import Service, _check_batch
 from proteus_deploy.stage_table import build_stage_table
 from proteus_deploy.tiny.trained import MODEL
 
@@ -211,6 +211,13 @@ def test_the_other_routes(client: TestClient) -> None:
 def test_one_server_per_data_folder(service: Service) -> None:
     with pytest.raises(InputError, match="another server uses the data folder"):
         Service(replace(service.settings))
+
+
+def test_a_batch_that_the_bundle_has_not_is_refused() -> None:
+    table = build_stage_table(Checkpoint.open(MODEL))
+    _check_batch(1, table)
+    with pytest.raises(InputError, match=r"--max-batch is 2, and this bundle .* --max-videos 2"):
+        _check_batch(2, table)
 
 
 def test_a_size_that_the_bundle_has_not_is_refused(service: Service, create: Any) -> None:

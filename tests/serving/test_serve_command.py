@@ -173,6 +173,11 @@ def _wait(until: Callable[[], bool]) -> None:
         (("--port", "70000"), "--port is 70000"),
         (("--keep-days", "nan"), "--keep-days is nan"),
         (("--database-url", "mysql://host/jobs"), "sqlite or postgresql"),
+        (("--batch-wait-ms", "50"), "nothing to wait for; raise --max-batch"),
+        (("--max-batch", "2", "--batch-wait-ms", "6000"), "--batch-wait-ms is 6000; at most 5000"),
+        (("--cache-mib", "-1"), "--cache-mib is -1"),
+        (("--max-wait-seconds", "inf"), "--max-wait-seconds is inf"),
+        (("--traces", "collector:4318"), "write an OTLP address"),
     ],
 )
 def test_what_cannot_go_together_is_refused_by_name(
