@@ -62,7 +62,10 @@ def test_the_cheapest_inside_the_budget(
     known = search.sensitivities.read_bytes()
     eight, four = everything.ready
     assert eight.means["psnr"] > four.means["psnr"]
-    assert eight.weight_bytes > four.weight_bytes > everything.chosen.weight_bytes
+    # A ready recipe keeps some layers. The one of 8 bits gives identity attention codes, the one of 4 keeps
+    # it, so which of the two is smaller depends on the model.
+    assert four.weight_bytes > everything.chosen.weight_bytes
+    assert max(eight.weight_bytes, four.weight_bytes) < everything.trials[0].weight_bytes
     # A bound between the two: some layers have four bits, others more.
     bound = (eight.means["psnr"] + four.means["psnr"]) / 2
     found = replace(search, budget=budget(bound)).run(cases[:1])

@@ -11,8 +11,8 @@ import pytest
 
 from proteus_deploy.benchmarks import bench_report, readme_table, recipe_table
 
-# benchmarks/results/NAME.json, shown between <!-- NAME --> and <!-- /NAME -->
-NAMES = ("bench_mini", "bench_mini_quantised")
+# benchmarks/results/NAME.json, shown between <!-- NAME --> and <!-- /NAME --> of a page
+PAGES = {"bench_mini": "README.md", "bench_mini_quantised": "docs/bench.md"}
 
 
 def shown(page: str, name: str) -> str | None:
@@ -25,13 +25,13 @@ def shown(page: str, name: str) -> str | None:
     return found[0] if found else None
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_readme_shows_what_was_measured(repository: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "page"), PAGES.items())
+def test_a_page_shows_what_was_measured(repository: Path, name: str, page: str) -> None:
     """A file without its table, a table without its file, or figures that differ: all fail."""
     file = repository / "benchmarks" / "results" / f"{name}.json"
     document = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     wanted = None if document is None else bench_report.readme_table(document)
-    assert shown((repository / "README.md").read_text(encoding="utf-8"), name) == wanted
+    assert shown((repository / page).read_text(encoding="utf-8"), name) == wanted
     if document is not None:
         assert not document["commit"].endswith(("-dirty", "unknown")), "measure a commit, not a working tree"
 
