@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := onnx,openvino,tensorrt-rtx,triton,face,serve,serve-postgresql,serve-traces,train,dev
+EXTRAS := onnx,openvino,tensorrt-rtx,triton,face,serve,serve-postgresql,serve-s3,serve-ray,serve-traces,train,dev
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help

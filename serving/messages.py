@@ -34,6 +34,7 @@ class WorkerSettings:
     max_batch: videos made together. batch_wait_s: how long a batch that isn't full waits for more.
     cache_bytes: of text and identity results kept in memory. warm_up: make one step before the first job.
     provenance: state in each mp4 that it was generated. log_json: write log lines as JSON objects.
+    results_url: where finished videos go; None for a folder in `data_dir`.
     """
 
     name: str
@@ -49,6 +50,7 @@ class WorkerSettings:
     warm_up: bool = False
     provenance: bool = True
     log_json: bool = False
+    results_url: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""

@@ -1,7 +1,7 @@
-"""Finished videos on the disk: one file per attempt, published by the commit that names it in the database.
+"""Finished videos: one file per attempt, published by the commit that names it in the database.
 
 A file that no row names is an orphan: of an attempt that was killed between its file and its commit, or of a
-job that was deleted. `sweep` removes them at the start of a server.
+job that was deleted. `sweep` removes them.
 """
 
 from __future__ import annotations
@@ -10,17 +10,52 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Protocol
 
 from proteus_deploy._files import atomic_file, inside, sha256_of
 from proteus_deploy.serving.jobs import Claim, JobNotFound, JobResult
 
-__all__ = ["ResultFolder"]
+__all__ = ["RESULT_NAME", "ResultFolder", "Results", "write_file"]
 
-_NAME = re.compile(r"video_[0-9a-f]{32}-[0-9]+\.mp4")
+RESULT_NAME = re.compile(r"video_[0-9a-f]{32}-[0-9]+\.mp4")
+
+
+class Results(Protocol):
+    """Where finished videos lie: a `ResultFolder`, or `shared_results.SharedResults`."""
+
+    def write(
+        self, claim: Claim, save: Callable[[Path], None], facts: dict[str, object] | None = None
+    ) -> JobResult:
+        """Let `save` write the file; whole and stored when this returns, and not yet published."""
+
+    def path(self, name: str) -> Path:
+        """Where a published result lies on this machine. Raises JobNotFound when the file is gone."""
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove results; those that are gone already are no error."""
+
+    def sweep(self, published: Callable[[], set[str]], *, older_than_s: float = 0.0) -> list[str]:
+        """Remove leftovers and results that no row names; their names.
+
+        older_than_s: younger files stay, for workers that go on while this one starts.
+        published: names in the database, read after the folder, so that what is published meanwhile stays.
+        """
+
+
+def write_file(path: Path, save: Callable[[Path], None], facts: dict[str, object] | None) -> JobResult:
+    """`path` as `save` writes it, whole and on the disk when this returns."""
+    with atomic_file(path) as temporary:
+        named = temporary.with_name(temporary.name + path.suffix)  # encoders go by the suffix
+        try:
+            save(named)
+            named.replace(temporary)
+        finally:
+            named.unlink(missing_ok=True)
+    return JobResult(path.name, path.stat().st_size, sha256_of(path), dict(facts or {}))
 
 
 class ResultFolder:
-    """The folder of finished videos."""
+    """A folder of finished videos."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -29,42 +64,29 @@ class ResultFolder:
     def write(
         self, claim: Claim, save: Callable[[Path], None], facts: dict[str, object] | None = None
     ) -> JobResult:
-        """Let `save` write the file; whole and on the disk when this returns, and not yet published."""
-        name = f"{claim.job.id}-{claim.attempt}.mp4"
-        path = inside(self._folder, name)
-        with atomic_file(path) as temporary:
-            named = temporary.with_name(temporary.name + ".mp4")  # encoders go by the suffix
-            try:
-                save(named)
-                named.replace(temporary)
-            finally:
-                named.unlink(missing_ok=True)
-        return JobResult(name, path.stat().st_size, sha256_of(path), dict(facts or {}))
+        """See `Results`."""
+        return write_file(inside(self._folder, f"{claim.job.id}-{claim.attempt}.mp4"), save, facts)
 
     def path(self, name: str) -> Path:
-        """Where a published result lies. Raises JobNotFound when the file is gone."""
+        """See `Results`."""
         path = inside(self._folder, name)
         if not path.is_file():
             raise JobNotFound("the video's file is gone from the server's data folder")
         return path
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove results; those that are gone already are no error."""
+        """See `Results`."""
         for name in names:
             inside(self._folder, name).unlink(missing_ok=True)
 
     def sweep(self, published: Callable[[], set[str]], *, older_than_s: float = 0.0) -> list[str]:
-        """Remove leftovers and results that no row names; their names.
-
-        older_than_s: younger files stay, for workers that go on while this one starts.
-        published: names in the database, read after the folder, so that what is published meanwhile stays.
-        """
+        """See `Results`."""
         limit = time.time() - older_than_s
         found = [
             file
             for file in sorted(self._folder.iterdir())
             if file.is_file()
-            and (_NAME.fullmatch(file.name) or file.name.startswith(".partial-"))
+            and (RESULT_NAME.fullmatch(file.name) or file.name.startswith(".partial-"))
             and file.stat().st_mtime <= limit
         ]
         kept = published()

@@ -7,12 +7,11 @@ import logging
 import math
 import secrets
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
-
-import sqlalchemy as sa
 
 from proteus_deploy._files import atomic_file
 from proteus_deploy.errors import InputError
@@ -21,7 +20,7 @@ from proteus_deploy.serving.database import database_url, open_database
 from proteus_deploy.serving.jobs import Job, JobNotFound
 from proteus_deploy.serving.keys import Keys
 from proteus_deploy.serving.messages import PipelineChoice, WorkerSettings
-from proteus_deploy.serving.results import ResultFolder
+from proteus_deploy.serving.shared_results import open_results
 from proteus_deploy.serving.store import JobStore
 from proteus_deploy.serving.supervisor import Board, Supervisor
 from proteus_deploy.serving.traces import Tracer, open_exporter
@@ -30,12 +29,18 @@ if TYPE_CHECKING:
     from proteus_deploy.model.config import TransformerConfig
     from proteus_deploy.stages import StageTable
 
-__all__ = ["Service", "ServiceSettings"]
+__all__ = ["FolderInUse", "Service", "ServiceSettings", "check_model"]
 
 _log = logging.getLogger("proteus_deploy.serving")
 
 _HOUSEKEEPING_S = 5.0
+_SWEEP_S = 3600.0
+_SHARED_ORPHAN_S = 3600.0
 _UNKNOWN_RETRY_S = 30
+
+
+class FolderInUse(InputError):
+    """Another server has the data folder."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class ServiceSettings:
     max_body_bytes, max_pixels: of a request and of its photo. keep_s, keep_bytes: of finished videos.
     finish_s: how long running jobs may go on when the server stops; then they are put back.
     max_wait_s: how long a new job may have to wait, by what the waiting ones cost and the measured rate.
+    results_url: where all servers reach finished videos, see `open_results`; None for a folder in `data_dir`.
     traces: where OpenTelemetry spans go, see `traces.open_exporter`.
     max_batch, batch_wait_s, cache_bytes, warm_up, provenance, log_json: see `WorkerSettings`.
     """
@@ -52,6 +58,7 @@ class ServiceSettings:
     pipeline: PipelineChoice
     data_dir: Path
     database_url: str | None = None
+    results_url: str | None = None
     model_name: str = "proteus-id"
     workers: int = 1
     lease_s: float = 30.0
@@ -76,9 +83,10 @@ class ServiceSettings:
 
 @dataclass(frozen=True)
 class _Load:
-    """rate: cost that all workers do in a second. waiting, running: cost that is left."""
+    """rate: cost that all workers do in a second, own_rate: this server's. waiting, running: cost left."""
 
     rate: float | None
+    own_rate: float | None
     waiting: float
     running: float
 
@@ -87,12 +95,10 @@ class Service:
     """Opened once per server process; `start` it, and `close` it."""
 
     def __init__(self, settings: ServiceSettings) -> None:
-        """Raises InputError when another server uses the data folder or the model can't be read."""
+        """Raises FolderInUse, InputError when the model can't be read or the results can't be written."""
         self.settings, self.keys = settings, settings.keys
         exporter = None if settings.traces is None else open_exporter(settings.traces)
-        self.config, self.table = _model_of(settings.pipeline)
-        if self.table is not None and settings.max_batch > 1:
-            _check_batch(settings.max_batch, self.table)
+        self.config, self.table = check_model(settings)
         url = database_url(settings.database_url, settings.data_dir.absolute())
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         self._lock_file = _lock(settings.data_dir)
@@ -103,7 +109,7 @@ class Service:
             raise
         self.store = JobStore(self.engine, max_queued=settings.max_queued, max_attempts=settings.max_attempts)
         self.characters = CharacterStore(self.engine)
-        self.results = ResultFolder(settings.data_dir / "results")
+        self.results = open_results(settings.results_url, settings.data_dir / "results")
         self.board = Board()
         self.stopping = threading.Event()
         name = _node_name(settings.data_dir)
@@ -121,20 +127,20 @@ class Service:
             warm_up=settings.warm_up,
             provenance=settings.provenance,
             log_json=settings.log_json,
+            results_url=settings.results_url,
         )
         self.supervisor = Supervisor(
             worker, self.store, self.board, count=settings.workers, on_end=self._ended
         )
         self.tracer = None if exporter is None else Tracer(exporter)
+        self._swept_s = 0.0
         self._keeper = threading.Thread(target=self._keep_house, name="housekeeping", daemon=True)
 
     def start(self) -> None:
         """Free what an earlier server left, and start the workers; returns at once."""
         # The lock on the folder says that no server of this name lives, and workers follow their server.
         self.store.worker_died(f"{self.supervisor.name}*", "the server ended while the job ran")
-        orphans = self.results.sweep(self.store.result_names)
-        if orphans:
-            _log.info("removed %d files that no job names", len(orphans))
+        self._sweep()
         self.supervisor.start()
         self._keeper.start()
 
@@ -195,6 +201,15 @@ class Service:
         load = self._load()
         return None if load.rate is None else (load.waiting + load.running) / load.rate
 
+    def backlog(self) -> tuple[int, float | None]:
+        """(jobs that wait or run, seconds in which this server alone would do them; None if unmeasured)."""
+        load = self._load()
+        counts = self.store.counts()
+        jobs = counts["queued"][0] + counts["running"][0]
+        if load.own_rate is None:
+            return jobs, None
+        return jobs, (load.waiting + load.running) / load.own_rate
+
     def _load(self) -> _Load:
         running, rest = self.store.running(), 0.0
         for job in running:
@@ -204,7 +219,16 @@ class Service:
         busy = len({job.worker for job in running})
         rate, workers = self.store.rate(), max(1, self.supervisor.ready, busy)
         _, waiting = self.store.counts()["queued"]
-        return _Load(None if rate is None else rate * workers, waiting, rest)
+        every, own = (None, None) if rate is None else (rate * workers, rate * self.settings.workers)
+        return _Load(every, own, waiting, rest)
+
+    def _sweep(self) -> None:
+        # Where others write too, a young file that no row names is one whose commit is still to come.
+        age_s = 0.0 if self.settings.results_url is None else _SHARED_ORPHAN_S
+        orphans = self.results.sweep(self.store.result_names, older_than_s=age_s)
+        self._swept_s = time.monotonic()
+        if orphans:
+            _log.info("removed %d files that no job names", len(orphans))
 
     def _keep_house(self) -> None:
         while not self.stopping.wait(_HOUSEKEEPING_S):
@@ -212,16 +236,24 @@ class Service:
                 self.store.settle()
                 names = self.store.retain(max_age_s=self.settings.keep_s, max_bytes=self.settings.keep_bytes)
                 self.results.remove(names)
-            except (sa.exc.OperationalError, OSError) as error:
+                if self.settings.results_url is not None and time.monotonic() - self._swept_s > _SWEEP_S:
+                    self._sweep()
+            except Exception as error:  # noqa: BLE001 - stores of others raise what they like, and this thread goes on
                 _log.warning("housekeeping will be tried again: %s", error)
 
 
-def _model_of(choice: PipelineChoice) -> tuple[TransformerConfig, StageTable | None]:
-    """The model, and what a bundle was exported for; None for a checkpoint, which has no ranges."""
+def check_model(settings: ServiceSettings) -> tuple[TransformerConfig, StageTable | None]:
+    """The model, and what a bundle was exported for; None for a checkpoint, which has no ranges.
+
+    Raises InputError when it can't be read or wasn't exported for the batch.
+    """
+    choice = settings.pipeline
     if choice.kind == "bundle":
         from proteus_deploy.bundle import Bundle
 
         bundle = Bundle.open(choice.folder)
+        if settings.max_batch > 1:
+            _check_batch(settings.max_batch, bundle.table)
         return bundle.transformer, bundle.table
     from proteus_deploy.checkpoint import Checkpoint
 
@@ -244,7 +276,7 @@ def _lock(folder: Path) -> IO[bytes]:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         stream.close()
-        raise InputError(
+        raise FolderInUse(
             f"another server uses the data folder {folder}; stop it, or give this one another --data-dir"
         ) from None
     return stream

@@ -153,6 +153,11 @@ class Supervisor:
                 raise InputError(keeper.refusal)
 
     @property
+    def refusal(self) -> str | None:
+        """Why a worker won't be started again."""
+        return next((keeper.refusal for keeper in self._keepers if keeper.refusal is not None), None)
+
+    @property
     def ready(self) -> int:
         """How many workers have their pipeline in memory."""
         return sum(keeper.ready for keeper in self._keepers)

@@ -9,7 +9,7 @@ begun. A crash is noticed by its lease (or told by a supervisor) and the job is 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -108,6 +108,13 @@ class WorkQueue:
             return bool(
                 connection.scalar(sa.select(jobs.c.cancel_requested).where(jobs.c.number == claim.job.number))
             )
+
+    def cancellations(self, claims: Sequence[Claim]) -> set[str]:
+        """Ids of those whose cancellation was asked for, through whichever server."""
+        numbers = [claim.job.number for claim in claims]
+        with reading(self._engine) as connection:
+            query = sa.select(jobs.c.id).where(jobs.c.number.in_(numbers), jobs.c.cancel_requested)
+            return set(connection.scalars(query))
 
     def complete(self, claim: Claim, result: JobResult | None = None) -> JobState:
         """Publish the result; the job's state now: completed, or cancelled where that was asked for.

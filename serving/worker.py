@@ -7,6 +7,7 @@ When the other end of the socket goes away it stops within one step and puts its
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import socket
@@ -29,7 +30,7 @@ from proteus_deploy.serving.measures import resident_bytes
 from proteus_deploy.serving.messages import Channel, WorkerSettings
 from proteus_deploy.serving.previews import Previews
 from proteus_deploy.serving.progress import JobProgress, StageTimes
-from proteus_deploy.serving.results import ResultFolder
+from proteus_deploy.serving.shared_results import open_results
 from proteus_deploy.serving.work import Work
 from proteus_deploy.serving.work_queue import WorkQueue
 from proteus_deploy.serving.worker_pipeline import open_pipeline, request_fields, warm_up
@@ -60,7 +61,7 @@ class Worker:
         folder = Path(settings.data_dir)
         self._engine = open_database(database_url(settings.database_url, folder))
         self._queue = WorkQueue(self._engine, max_attempts=settings.max_attempts)
-        self._results = ResultFolder(folder / "results")
+        self._results = open_results(settings.results_url, folder / "results")
         self._times = StageTimes()
         self._wake = threading.Event()  # something may have changed: look
         self._stopping = False
@@ -225,20 +226,33 @@ class Worker:
                 self._channel.send(job=claim.job.id, attempt=claim.attempt, progress=news)
 
     def _beat(self, work: Work, progress: JobProgress) -> None:
-        """Renew the leases, and see which jobs have to stop."""
+        """Renew the leases, and see which jobs have to stop.
+
+        A cancellation comes over the socket, unless another server on the same database was asked for it.
+        """
         settings = self._settings
+        shared = self._engine.dialect.name != "sqlite"
         renew_s = min(settings.lease_s / 3, 5.0)
         last_s = time.monotonic()
         while not work.done.wait(min(settings.poll_s, renew_s)):
             for claim in work.claims:
                 if claim.job.deadline_at is not None and time.time() > claim.job.deadline_at:
                     work.drop(claim, "deadline")
+            if shared:
+                self._look_for_cancellations(work)
             if time.monotonic() - last_s < renew_s:
                 continue
             last_s = time.monotonic()
             for claim in work.claims:
                 if work.reason(claim) != "lost":
                     self._renew(work, claim, progress)
+
+    def _look_for_cancellations(self, work: Work) -> None:
+        with contextlib.suppress(sa.exc.OperationalError):  # the renewal says so
+            asked = self._queue.cancellations(work.claims)
+            for claim in work.claims:
+                if claim.job.id in asked:
+                    work.drop(claim, "cancelled")
 
     def _renew(self, work: Work, claim: Claim, progress: JobProgress) -> None:
         try:

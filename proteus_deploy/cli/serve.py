@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from proteus_deploy.cli import serve_ray
 from proteus_deploy.cli.paths import kind_of
 from proteus_deploy.errors import BackendError, InputError
 
@@ -39,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--database-url", metavar="URL", help="postgresql://… or sqlite:////… (default: SQLite in --data-dir)"
     )
     parser.add_argument(
+        "--results-url",
+        metavar="URL",
+        help="finished videos for several servers: file:///folder, s3://bucket/prefix, … "
+        "(default: a folder in --data-dir)",
+    )
+    parser.add_argument(
         "--api-keys",
         type=Path,
         metavar="FILE",
@@ -56,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae-tiling", action="store_true", help="decode in tiles: less memory, more time")
     parser.add_argument("--low-memory", action="store_true", help="hold one part's networks at a time")
     _add_limits(parser)
+    serve_ray.add_arguments(parser)
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
@@ -120,11 +128,16 @@ def run(arguments: argparse.Namespace) -> int:
         raise BackendError(
             f"serving needs the packages {', '.join(missing)}: pip install 'proteus-deploy[serve]'"
         )
+    serve_ray.check_arguments(arguments)
     settings = _settings(arguments)
     from proteus_deploy.serving.logs import write_logs
-    from proteus_deploy.serving.server import serve
 
     write_logs(as_json=arguments.log_json)
+    if arguments.engine == "ray":
+        serve_ray.run(settings, arguments, on_ready=_say_where)
+        return 0
+    from proteus_deploy.serving.server import serve
+
     serve(settings, arguments.host, arguments.port, on_ready=_say_where)
     return 0
 
@@ -165,6 +178,7 @@ def _settings(arguments: argparse.Namespace) -> ServiceSettings:
         ),
         data_dir=arguments.data_dir,
         database_url=arguments.database_url,
+        results_url=arguments.results_url,
         model_name=arguments.model_name,
         workers=arguments.workers,
         max_attempts=arguments.max_attempts,
