@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -81,9 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{index + 1} of {options.cancels}: {rows[-1]}", file=sys.stderr, flush=True)
         workers = server.workers
         again = _made(server.url, body)
-        restarts = (
-            ask(f"{server.url}/metrics").body.decode().split("proteus_worker_restarts_total ")[1].split()[0]
-        )
+        metrics = ask(f"{server.url}/metrics").body.decode()
+        (restarts,) = re.findall(r"^proteus_worker_restarts_total (\S+)$", metrics, re.MULTILINE)
         code = server.stop()
     step_s = took["denoise"] / _STEPS
     by_stage = {

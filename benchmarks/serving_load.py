@@ -5,8 +5,8 @@
 The tiny model's capacity is measured first; then clients ask for videos at twice that rate, together. Every
 accepted job must finish, the rest must get a 429; GETs are timed before and under load; memory and open files
 of the web process and the worker are sampled, and the second half must not grow over the first. Then, with
-nobody else asking, the queue is filled until a 429 names its Retry-After: a job that comes half that time
-later must still be refused, and one that comes when it is over must be accepted.
+nobody else asking, the queue is filled until a 429 names its Retry-After, and a job is offered every quarter
+of a second: when that time is over it must be accepted, and not much earlier.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ from proteus_deploy.benchmarks.serving_server import ServerProcess, ask, drawn_p
 
 __all__ = ["main"]
 
-_STEPS, _MAX_WAIT_S = 4, 20
+_STEPS, _LONG_STEPS, _MAX_WAIT_S = 4, 50, 20
 _UNLOADED_GETS, _SAMPLE_S = 300, 2.0
-_TRIES = 3
+_TRIES, _OFFER_S = 5, 0.25
 _PAGE_BYTES = 4096
+# What the second half may have above the second quarter: noise of allocators, two files of requests at hand.
+_GROWTH = {"web_bytes": 16 << 20, "worker_bytes": 32 << 20, "web_files": 2, "worker_files": 2}
 
 
 @dataclass
@@ -92,22 +94,19 @@ def _p99(values: list[float]) -> float:
 
 
 def _retry_after(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    """Fill the queue, then see whether the 429's Retry-After is neither too short nor too long."""
+    """Fill the queue, then see when a job is accepted, beside what the 429 said."""
     ids = []
     while (answer := ask(f"{url}/v1/videos", "POST", body)).status == 200:
         ids.append(answer.json["id"])
     refused_s, said_s = time.monotonic(), int(answer.headers["retry-after"])
-    time.sleep(said_s / 2)
-    early = ask(f"{url}/v1/videos", "POST", body)
-    if early.status == 200:
-        ids.append(early.json["id"])
-    time.sleep(max(0.0, refused_s + said_s - time.monotonic()))
-    due = ask(f"{url}/v1/videos", "POST", body)
-    if due.status == 200:
-        ids.append(due.json["id"])
-    for job_id in ids:
+    while (answer := ask(f"{url}/v1/videos", "POST", body)).status != 200:
+        time.sleep(_OFFER_S)
+    accepted_s = time.monotonic() - refused_s
+    for job_id in (*ids, answer.json["id"]):
         finished(url, job_id)
-    return {"said_s": said_s, "at_half": early.status, "when_due": due.status}
+    # Seconds are whole in the header, and a job that ends is noticed by the next offer.
+    true = accepted_s <= said_s + 2 * _OFFER_S and said_s <= 2 * accepted_s + 1
+    return {"said_s": said_s, "accepted_after_s": accepted_s, "true": true}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -152,7 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for thread in threads:
             thread.join()
         states = Counter(finished(server.url, one)["status"] for one in load.accepted)
-        retries = [_retry_after(server.url, body) for _ in range(_TRIES)]
+        long = body | {"num_inference_steps": _LONG_STEPS}
+        retries = [_retry_after(server.url, long) for _ in range(_TRIES)]
         code = server.stop()
     half = len(load.samples) // 2
     growth = {
@@ -166,14 +166,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for status, count in load.answers.items()
         if status not in ("200", "429")
     ]
+    wrong += [
+        f"{name} grew by {size} in the second half" for name, size in growth.items() if size > _GROWTH[name]
+    ]
     if load.without_retry:
         wrong.append(f"{load.without_retry} answers 429 had no Retry-After")
     if not load.answers["429"]:
         wrong.append("nothing was refused: the load was no load")
     wrong += [
-        f"Retry-After {one['said_s']} s was not true"
+        f"Retry-After was {one['said_s']} s, and a job was accepted after {one['accepted_after_s']:.2f} s"
         for one in retries
-        if (one["at_half"], one["when_due"]) != (429, 200)
+        if not one["true"]
     ]
     if code:
         wrong.append(f"the server ended with code {code}")
@@ -200,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         },
         "p99_ratio": _p99(load.get_ms) / _p99(unloaded),
         "growth_of_second_half": growth,
-        "last_sample": load.samples[-1],
+        "samples": load.samples[:: max(1, len(load.samples) // 40)],
         "retry_after": retries,
         "wrong": wrong,
         "machine": describe_machine(),
