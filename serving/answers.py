@@ -103,7 +103,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(QueueFull)
     async def _full(request: Request, error: QueueFull) -> JSONResponse:
-        seconds = await run_sync(request.app.state.service.retry_after_s)
+        seconds = await run_sync(request.app.state.service.retry_after_s, error.by_cost)
         return _answer(429, str(error), code="queue_full", headers={"Retry-After": str(seconds)})
 
     @app.exception_handler(ClientDisconnect)

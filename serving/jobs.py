@@ -136,7 +136,11 @@ class IdempotencyConflict(ProteusError):
 
 
 class QueueFull(ProteusError):
-    """As many jobs wait as may, or as much work."""
+    """As many jobs wait as may, or (by_cost) as much work."""
+
+    def __init__(self, message: str, *, by_cost: bool = False) -> None:
+        super().__init__(message)
+        self.by_cost = by_cost
 
 
 class LostClaim(ProteusError):

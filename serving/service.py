@@ -20,6 +20,7 @@ from proteus_deploy.serving.database import database_url, open_database
 from proteus_deploy.serving.jobs import Job, JobNotFound
 from proteus_deploy.serving.keys import Keys
 from proteus_deploy.serving.messages import PipelineChoice, WorkerSettings
+from proteus_deploy.serving.pace import Pace
 from proteus_deploy.serving.shared_results import open_results
 from proteus_deploy.serving.store import JobStore
 from proteus_deploy.serving.supervisor import Board, Supervisor
@@ -83,12 +84,19 @@ class ServiceSettings:
 
 @dataclass(frozen=True)
 class _Load:
-    """rate: cost that all workers do in a second, own_rate: this server's. waiting, running: cost left."""
+    """Jobs that wait and run, and the seconds that one worker has left with them; 0 without a pace."""
 
-    rate: float | None
-    own_rate: float | None
-    waiting: float
-    running: float
+    pace: Pace | None
+    workers: int
+    waiting: int
+    running: int
+    waiting_s: float
+    running_s: float
+
+    @property
+    def wait_s(self) -> float:
+        """Until all of it is done."""
+        return (self.waiting_s + self.running_s) / self.workers
 
 
 class Service:
@@ -176,51 +184,56 @@ class Service:
             with suppress(JobNotFound):  # deleted meanwhile
                 self.tracer.job(self.store.get(job_id))
 
-    def max_waiting_cost(self) -> float | None:
-        """Cost that may wait when a new job comes; None for any, also while no rate was measured."""
-        limit_s = self.settings.max_wait_s
-        if limit_s is None:
+    def max_wait(self) -> tuple[Pace, float] | None:
+        """(pace, seconds of one worker that may wait when a job comes); None for any, also without a pace."""
+        limit_s, load = self.settings.max_wait_s, self._load()
+        if limit_s is None or load.pace is None:
             return None
-        load = self._load()
-        return None if load.rate is None else max(0.0, limit_s * load.rate - load.running)
+        return load.pace, max(0.0, limit_s * load.workers - load.running_s)
 
-    def retry_after_s(self) -> int:
-        """Seconds until a job that was refused now would be accepted, if no other came."""
+    def retry_after_s(self, by_cost: bool) -> int:
+        """Seconds until a job that was refused now would be accepted, if no other came.
+
+        by_cost: it was refused for how long it would wait; otherwise for how many wait.
+        """
         load = self._load()
-        if load.rate is None:
+        if load.pace is None:
             return _UNKNOWN_RETRY_S
-        # Until the next of the waiting jobs begins there is no more room than now. The workers' jobs run at
-        # the same time, so each has its own worker's share of the rate.
-        next_s = load.running / load.rate
-        limit_s = self.settings.max_wait_s
-        over_s = 0.0 if limit_s is None else (load.waiting + load.running) / load.rate - limit_s
-        return max(1, math.ceil(max(next_s, over_s)))
+        # The workers' jobs run at the same time, so each has its own worker's share.
+        next_s = load.running_s / load.workers  # until the next of the waiting jobs begins
+        if not by_cost or self.settings.max_wait_s is None:
+            return max(1, math.ceil(next_s))
+        over_s = load.wait_s - self.settings.max_wait_s
+        return max(1, math.ceil(min(over_s, next_s) if load.waiting <= load.workers else over_s))
 
     def wait_s(self) -> float | None:
-        """How long a job that comes now waits before it begins; None while no rate was measured."""
+        """How long a job that comes now waits before it begins; None while no pace is known."""
         load = self._load()
-        return None if load.rate is None else (load.waiting + load.running) / load.rate
+        return None if load.pace is None else load.wait_s
 
     def backlog(self) -> tuple[int, float | None]:
-        """(jobs that wait or run, seconds in which this server alone would do them; None if unmeasured)."""
+        """(jobs that wait or run, seconds in which this server alone would do them; None if unknown)."""
         load = self._load()
-        counts = self.store.counts()
-        jobs = counts["queued"][0] + counts["running"][0]
-        if load.own_rate is None:
-            return jobs, None
-        return jobs, (load.waiting + load.running) / load.own_rate
+        seconds = (load.waiting_s + load.running_s) / self.settings.workers
+        return load.waiting + load.running, None if load.pace is None else seconds
 
     def _load(self) -> _Load:
-        running, rest = self.store.running(), 0.0
+        running, pace, rest_s = self.store.running(), self.store.pace(), 0.0
         for job in running:
             news = self.board.progress(job.id) or job.progress or {}
-            rest += job.cost * (1 - news.get("percent", 0) / 100)
+            whole_s = 0.0 if pace is None else pace.seconds(1, job.cost)
+            rest_s += whole_s * (1 - news.get("percent", 0) / 100)
         # Of other servers on the same database those workers count that have a job.
         busy = len({job.worker for job in running})
-        rate, workers = self.store.rate(), max(1, self.supervisor.ready, busy)
-        _, waiting = self.store.counts()["queued"]
-        every, own = (None, None) if rate is None else (rate * workers, rate * self.settings.workers)
-        return _Load(every, own, waiting, rest)
+        waiting, cost = self.store.counts()["queued"]
+        return _Load(
+            pace=pace,
+            workers=max(1, self.supervisor.ready, busy),
+            waiting=waiting,
+            running=len(running),
+            waiting_s=0.0 if pace is None else pace.seconds(waiting, cost),
+            running_s=rest_s,
+        )
 
     def _sweep(self) -> None:
         # Where others write too, a young file that no row names is one whose commit is still to come.

@@ -23,6 +23,7 @@ from proteus_deploy.serving.jobs import (
     QueueFull,
     request_hash,
 )
+from proteus_deploy.serving.pace import Pace
 from proteus_deploy.serving.rows import (
     check_own_room,
     find_row,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["JobStore"]
 
 _QUEUED, _RUNNING = JobState.QUEUED.value, JobState.RUNNING.value
-_LOOKED_AT = 32  # finished videos, for the rate
+_LOOKED_AT = 32  # finished videos, for the pace
 
 
 class JobStore(WorkQueue):
@@ -72,15 +73,15 @@ class JobStore(WorkQueue):
         idempotency_key: str | None = None,
         asked: Mapping[str, Any] | None = None,
         batch_key: str | None = None,
-        max_waiting_cost: float | None = None,
+        max_wait: tuple[Pace, float] | None = None,
         max_own_queued: int | None = None,
     ) -> tuple[Job, bool]:
         """(the job, whether it is new). On the disk when this returns.
 
         deadline_s: seconds from now. idempotency_key: of this owner; with the same request it gives the job
         that it gave before. asked: what the client wrote, by which requests are compared, where the request
-        holds more (a seed that was drawn). max_waiting_cost: of the jobs that wait already, None for any.
-        max_own_queued: jobs of this owner that may wait.
+        holds more (a seed that was drawn). max_wait: (pace, seconds of one worker) for which the jobs that
+        wait already may keep it; None for any. max_own_queued: jobs of this owner that may wait.
         Raises IdempotencyConflict for another request, QueueFull.
         """
         digest, now = request_hash(request if asked is None else asked, photo), self._clock()
@@ -92,7 +93,7 @@ class JobStore(WorkQueue):
                 )
             ):
                 return known_job(known, digest, idempotency_key), False
-            self._check_room(connection, max_waiting_cost)
+            self._check_room(connection, max_wait)
             check_own_room(connection, owner, max_own_queued)
             last_end = connection.scalar(
                 sa.select(jobs.c.turn + jobs.c.cost)
@@ -115,16 +116,17 @@ class JobStore(WorkQueue):
             )
             return job_of(row), True
 
-    def _check_room(self, connection: Connection, max_waiting_cost: float | None) -> None:
+    def _check_room(self, connection: Connection, max_wait: tuple[Pace, float] | None) -> None:
         query = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(jobs.c.cost), 0.0))
         videos = query.where(jobs.c.state == _QUEUED, jobs.c.kind == "video")
         waiting, cost = connection.execute(videos).one()
         if waiting >= self._max_queued:
             raise QueueFull(f"{waiting} jobs are waiting, and {self._max_queued} may; try again later")
-        if max_waiting_cost is not None and waiting and cost > max_waiting_cost:
+        if max_wait is not None and waiting and max_wait[0].seconds(waiting, cost) > max_wait[1]:
             raise QueueFull(
                 f"{waiting} jobs are waiting, and what they cost would keep this one waiting for longer than "
-                "this server lets jobs wait; try again later"
+                "this server lets jobs wait; try again later",
+                by_cost=True,
             )
 
     def get(self, job_id: str, owner: str | None = None) -> Job:
@@ -178,14 +180,12 @@ class JobStore(WorkQueue):
         with reading(self._engine) as connection:
             return [job_of(row) for row in connection.execute(query).all()]
 
-    def rate(self) -> float | None:
-        """Cost that one worker gets done in a second, from the last videos; None before the first."""
+    def pace(self) -> Pace | None:
+        """How fast a worker was with the last videos; None before the first."""
         query = sa.select(jobs.c.cost, jobs.c.result_facts).where(jobs.c.result_name.is_not(None))
         with reading(self._engine) as connection:
             rows = connection.execute(query.order_by(jobs.c.finished_at.desc()).limit(_LOOKED_AT)).all()
-        # Jobs of one batch took their seconds together.
-        seconds = [row.result_facts.get("seconds", 0.0) / row.result_facts.get("batch", 1) for row in rows]
-        return sum(row.cost for row in rows) / sum(seconds) if sum(seconds) > 0 else None
+        return Pace.of((row.cost, row.result_facts) for row in rows)
 
     def cancel(self, job_id: str, owner: str | None = None) -> Job:
         """Ask for cancellation: a job that waits is cancelled at once, a running one by its worker.

@@ -62,7 +62,7 @@ async def submit(
             asked=body.model_dump() | {"input_reference": None},
             batch_key=order.batch_key,
             max_own_queued=key.max_queued,
-            max_waiting_cost=await run_sync(service.max_waiting_cost),
+            max_wait=await run_sync(service.max_wait),
         )
     )
     service.supervisor.wake()

@@ -1,4 +1,6 @@
-"""The quality gate on quantised bundles of the trained model: ready recipes pass, a ruined one doesn't."""
+"""Quantised bundles of the trained model: ready recipes pass the quality gate, a ruined one doesn't, and the
+server makes of them what the library makes.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from proteus_deploy.benchmarks.serving_server import ServerProcess, ask, drawn_photo, order
 from proteus_deploy.benchmarks.tiny_model_plan import drawn_requests
 from proteus_deploy.benchmarks.tiny_model_quality import VALIDATION
 from proteus_deploy.checkpoint import Checkpoint
@@ -17,7 +21,10 @@ from proteus_deploy.export import export
 from proteus_deploy.export.activation_statistics import ActivationStatistics
 from proteus_deploy.export.calibrate import CalibrationCase, calibrate
 from proteus_deploy.export.recipe import Recipe, ready_recipes
+from proteus_deploy.pipeline import Pipeline
+from proteus_deploy.request import GenerateRequest
 from proteus_deploy.tiny.trained import MODEL, NUM_INFERENCE_STEPS
+from proteus_deploy.video import read_video
 
 pytestmark = pytest.mark.slow
 
@@ -58,13 +65,14 @@ def checkpoint() -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def traces(
-    checkpoint: Checkpoint,
-    export_traced_once: Callable[[Path], Any],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Any:
-    plain = export.export_bundle(checkpoint, tmp_path_factory.mktemp("plain") / "bundle", reference="none")
-    return export_traced_once(plain.folder)
+def plain(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain") / "bundle"
+    return export.export_bundle(checkpoint, folder, reference="none").folder
+
+
+@pytest.fixture(scope="module")
+def traces(plain: Path, export_traced_once: Callable[[Path], Any]) -> Any:
+    return export_traced_once(plain)
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +128,44 @@ def test_a_ruined_recipe_fails(verify: Callable[..., Any], capsys: pytest.Captur
     assert not row["passed"]
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"FAILED: psnr mean ≥ 22.5: {row['value']:.4g} is below 22.5"
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"), [("fp32", "onnxruntime"), ("int8", "onnxruntime"), ("bf16", "openvino")]
+)
+def test_they_are_served(
+    kind: str,
+    backend: str,
+    checkpoint: Checkpoint,
+    plain: Path,
+    traces: Any,
+    statistics: ActivationStatistics,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip(backend)
+    folder = plain
+    if kind == "int8":
+        with monkeypatch.context() as patch:
+            patch.setattr(export, "export_graph", traces)
+            recipe = Recipe.load(kind)
+            folder = export.export_bundle(
+                checkpoint, tmp_path / kind, recipe=recipe, statistics=statistics, reference="none"
+            ).folder
+    elif kind == "bf16":
+        folder = export.export_bundle(checkpoint, tmp_path / kind, dtype=kind, reference="none").folder
+    photo = drawn_photo()
+    fields: dict[str, Any] = {"num_inference_steps": 3, "seed": 4}
+    server = ServerProcess(folder, tmp_path / "server", ["--backend", backend])
+    server.start()
+    try:
+        served = ask(f"{server.url}/v1/videos/sync", "POST", order(photo, **fields), timeout_s=300)
+        assert served.status == 200, served.body
+    finally:
+        assert server.stop() == 0
+    (tmp_path / "served.mp4").write_bytes(served.body)
+    with Pipeline.from_bundle(folder, backend=backend) as pipeline:
+        own = pipeline.generate(GenerateRequest("a person waves", photo=photo, **fields))
+    own.save(tmp_path / "own.mp4")
+    frames = [read_video(tmp_path / f"{name}.mp4").frames for name in ("served", "own")]
+    assert torch.equal(*frames)

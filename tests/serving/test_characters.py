@@ -140,20 +140,26 @@ def test_seen_by_its_owner_only(service: Service, drawn_photo: bytes) -> None:
 def test_waiting_is_bounded_by_cost(client: TestClient, service: Service, create: Any) -> None:
     """Before the first video nothing is known; then work that would wait too long is refused."""
     service.settings = replace(service.settings, max_wait_s=10.0)
-    assert service.max_waiting_cost() is None
+    assert service.max_wait() is None
     create()
     claim = _claim(service)
     cost = claim.job.cost
     service.store.complete(claim, JobResult("video_0-1.mp4", 1, "0", {"seconds": 6.0}))
-    assert service.store.rate() == pytest.approx(cost / 6)
+    pace = service.store.pace()
+    assert pace is not None
+    assert pace.job_s == 0
+    assert pace.cost_s == pytest.approx(6 / cost)
     first = create()
     running = _claim(service)
     assert running.job.id == first.json()["id"]
     assert create().status_code == 200, "nothing waits"
-    assert service.max_waiting_cost() == pytest.approx(cost * (10 / 6 - 1))
+    may_wait = service.max_wait()
+    assert may_wait is not None
+    assert may_wait[0] == pace
+    assert may_wait[1] == pytest.approx(10 - 6)
     full = create()
     assert _error(full, 429)["code"] == "queue_full"
-    # 12 s of work are there, 10 s may be: in 2 s there is room, but not before the waiting job has begun.
-    assert full.headers["retry-after"] == "6"
+    # 12 s of work are there, 10 s may be.
+    assert full.headers["retry-after"] == "2"
     service.board.post(running.job.id, {"percent": 50})
     assert create().status_code == 200, "9 s of work are left"

@@ -18,6 +18,7 @@ import pytest
 from proteus_deploy.cli import serve_ray
 from proteus_deploy.cli.main import main
 from proteus_deploy.errors import BackendError
+from proteus_deploy.serving.pace import Pace
 from proteus_deploy.serving.ray_engine import Replica, wanted_replicas
 from proteus_deploy.tiny.trained import MODEL
 
@@ -116,10 +117,10 @@ def test_more_replicas_while_jobs_wait_for_long(service: Service) -> None:
     replica.service, replica._target_wait_s = service, 60.0
     assert replica._wanted() == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(service.store, "counts", lambda: {"queued": (3, 30.0), "running": (1, 10.0)})
-        assert replica._wanted() == 4
-        patch.setattr(service.store, "rate", lambda: 0.1)
-        assert replica._wanted() == pytest.approx(30 / 0.1 / 60)
+        patch.setattr(service.store, "counts", lambda: {"queued": (3, 30.0)})
+        assert replica._wanted() == 3
+        patch.setattr(service.store, "pace", lambda: Pace(job_s=4.0, cost_s=10.0))
+        assert replica._wanted() == pytest.approx((3 * 4 + 300) / 60)
 
 
 def test_the_policy_takes_the_mean() -> None:

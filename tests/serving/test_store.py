@@ -28,6 +28,7 @@ from proteus_deploy.serving.jobs import (
     NotCancellable,
     QueueFull,
 )
+from proteus_deploy.serving.pace import Pace
 from proteus_deploy.serving.store import JobStore
 
 if TYPE_CHECKING:
@@ -471,16 +472,27 @@ def test_put_back_to_be_alone(store: JobStore) -> None:
 
 
 def test_waiting_cost_is_bounded(store: JobStore) -> None:
-    store.submit("anna", {}, cost=5.0, max_waiting_cost=0.0)  # nothing waits yet
-    store.submit("anna", {}, cost=5.0, max_waiting_cost=5.0)
-    with pytest.raises(QueueFull, match="2 jobs are waiting, and what they cost"):
-        store.submit("anna", {}, cost=1.0, max_waiting_cost=9.9)
+    pace = Pace(job_s=1.0, cost_s=2.0)
+    store.submit("anna", {}, cost=5.0, max_wait=(pace, 0.0))  # nothing waits yet
+    store.submit("anna", {}, cost=5.0, max_wait=(pace, 11.0))
+    with pytest.raises(QueueFull, match="2 jobs are waiting, and what they cost") as caught:
+        store.submit("anna", {}, cost=1.0, max_wait=(pace, 21.9))
+    assert caught.value.by_cost
 
 
-def test_rate_is_of_the_last_videos(store: JobStore, clock: Clock) -> None:
-    assert store.rate() is None
-    for index, facts in enumerate(({"seconds": 2.0}, {"seconds": 4.0, "batch": 2})):
+def test_the_pace_is_of_the_last_videos(store: JobStore, clock: Clock) -> None:
+    assert store.pace() is None
+    loop = {"stage_seconds": {"identity": 0.5, "denoise": 3.0, "decode": 1.5}}
+    several = {"stage_seconds": {"denoise": 6.0}, "seconds": 10.0, "batch": 2}
+    for index, facts in enumerate(({"seconds": 5.0, **loop}, several, {"seconds": 5.0, **loop})):
         store.submit("anna", {}, cost=3.0)
         clock.now += 1
         store.complete(_claim(store), replace(RESULT, name=f"video_{index}-1.mp4", facts=facts))
-    assert store.rate() == 6.0 / 4.0
+    pace = store.pace()
+    assert pace == Pace(job_s=2.0, cost_s=1.0)
+    assert pace.seconds(2, 7.0) == 11.0
+    # One during which the machine stood still changes nothing.
+    store.submit("anna", {}, cost=3.0)
+    clock.now += 1
+    store.complete(_claim(store), replace(RESULT, name="video_9-1.mp4", facts={"seconds": 500.0}))
+    assert store.pace() == pace
