@@ -46,11 +46,11 @@ def client_environment(folder: Path) -> Path:
 def server_environment(folder: Path, source: Path) -> Path:
     """An environment with the server in `folder`, made where it isn't there or what it needs has changed.
 
-    source: a checkout, for pyproject.toml and constraints.txt; the package itself is not installed.
+    source: a checkout, for pyproject.toml and constraints.txt, whose package the environment imports.
     Raises NotInstallable where the server can't be fetched, BackendError where the rest doesn't install.
     """
     requirements, pins = _requirements(source), _pins(source)
-    with _environment(folder, [_SERVER, *requirements, *pins]) as is_new:
+    with _environment(folder, [_SERVER, str(source), *requirements, *pins]) as is_new:
         if not is_new:
             return folder
         # Without its dependencies: they are those of a way to write models that isn't used here.
@@ -61,6 +61,8 @@ def server_environment(folder: Path, source: Path) -> Path:
         if failure := _pip(folder, "-c", str(constraints), *requirements):
             raise BackendError(f"the server's environment can't be made: {failure}")
         _place_stub(folder)
+        # Not by PYTHONPATH, which the processes of the Python backend ignore.
+        (site_packages(folder) / "proteus_deploy_checkout.pth").write_text(f"{source}\n")
     return folder
 
 

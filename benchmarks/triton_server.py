@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -33,11 +34,11 @@ class TritonServer:
 
 
 @contextmanager
-def triton_server(repository: Path, environment: Path, source: Path) -> Iterator[TritonServer]:
+def triton_server(repository: Path, environment: Path) -> Iterator[TritonServer]:
     """A server on a model repository, ready when it is handed over, and gone afterwards.
 
-    environment: as `server_environment` makes it. source: the checkout whose package the models import.
-    Raises BackendError with the end of its log where it doesn't come up.
+    environment: as `server_environment` makes it.
+    Raises BackendError with the errors of its log where it doesn't come up.
     """
     http, grpc = _free_ports(2)
     prefix = f"proteus-{os.getpid()}-{grpc}"  # of its shared memory, by which servers tell theirs apart
@@ -55,7 +56,8 @@ def triton_server(repository: Path, environment: Path, source: Path) -> Iterator
             command,
             stdout=stream,
             stderr=stream,
-            env=_variables(environment, source),
+            env=_variables(environment),
+            cwd=repository.parent,  # which the models' processes have on their path
             start_new_session=True,  # the models' processes end with it
         )
     try:
@@ -68,15 +70,13 @@ def triton_server(repository: Path, environment: Path, source: Path) -> Iterator
             region.unlink()
 
 
-def _variables(environment: Path, source: Path) -> dict[str, str]:
-    """The models' processes embed Python: its library, packages and this checkout are found by variables."""
-    site = site_packages(environment)
-    libraries = (site / "nvidia_pytriton.libs", sysconfig.get_config_var("LIBDIR"))
+def _variables(environment: Path) -> dict[str, str]:
+    """The models' processes embed Python: they find its library by this, its packages by `python3`."""
+    libraries = (site_packages(environment) / "nvidia_pytriton.libs", sysconfig.get_config_var("LIBDIR"))
     return {
         **os.environ,
         "PATH": os.pathsep.join((str(environment / "bin"), os.environ.get("PATH", ""))),
         "LD_LIBRARY_PATH": os.pathsep.join(map(str, libraries)),
-        "PYTHONPATH": os.pathsep.join(map(str, (source, site))),
     }
 
 
@@ -92,14 +92,21 @@ def _wait_for(server: TritonServer, process: subprocess.Popen[bytes]) -> None:
     until_s = time.monotonic() + _START_S
     while time.monotonic() < until_s:
         if process.poll() is not None:
-            raise BackendError(f"the Triton server ended: {server.log.read_text(errors='replace')[-4000:]}")
+            raise BackendError(f"the Triton server ended: {_errors(server.log)}")
         try:
             urllib.request.urlopen(f"{server.http}/v2/health/ready", timeout=5).close()  # noqa: S310
         except OSError:  # not listening, or an answer of 400
             time.sleep(0.1)
         else:
             return
-    raise BackendError(f"the Triton server isn't ready: {server.log.read_text(errors='replace')[-4000:]}")
+    raise BackendError(f"the Triton server isn't ready after {_START_S} s: {_errors(server.log)}")
+
+
+def _errors(log: Path) -> str:
+    """The lines of a log that Triton marks as errors, else its end."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    marked = [line for line in lines if re.match(r"E[0-9]{4} ", line)]
+    return "\n".join(marked or lines[-20:])[:4000]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

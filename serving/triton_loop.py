@@ -15,20 +15,36 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch.utils.dlpack import to_dlpack
 
 from proteus_deploy.errors import BackendError, Cancelled, InputError, ProteusError
 from proteus_deploy.export.triton_config import VIDEO_INPUTS, VIDEO_OUTPUTS
 from proteus_deploy.runtime.triton_backend import TritonBackend, load_utilities
-from proteus_deploy.serving.triton_stage import check_numpy
 
 if TYPE_CHECKING:
     from proteus_deploy.pipeline import ProgressEvent
     from proteus_deploy.request import GenerateRequest
     from proteus_deploy.video import Video
 
-__all__ = ["TritonPythonModel", "mp4_of", "request_of"]
+__all__ = ["TritonPythonModel", "check_numpy", "mp4_of", "request_of"]
 
 _ARRAYS = {"TYPE_STRING": np.object_, "TYPE_INT64": np.int64}
+
+
+def check_numpy(utilities: Any) -> None:
+    """Let the server make an array now: where NumPy doesn't fit it comes up, and dies with the first request.
+
+    Raises BackendError where Triton's Python backend can't use the NumPy that is installed.
+    """
+    sent = torch.arange(1, 4)
+    got = utilities.Tensor.from_dlpack("probe", to_dlpack(sent)).as_numpy().tolist()
+    # A backend built for NumPy 1 takes the size of an element from the wrong place in NumPy 2's types.
+    if got != sent.tolist():
+        raise BackendError(
+            f"Triton's Python backend can't use numpy {np.__version__}: it reads {sent.tolist()} as {got}; "
+            "servers up to 2.51 need numpy below 2 in their environment"
+        )
 
 
 def request_of(inputs: Mapping[str, Any]) -> GenerateRequest:

@@ -11,28 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from proteus_deploy.errors import BackendError
 from proteus_deploy.runtime.onnxruntime_session import PROVIDERS, open_session
 
-__all__ = ["TritonPythonModel", "check_numpy"]
+__all__ = ["TritonPythonModel"]
 
 _DEVICES = {"KIND_CPU": "cpu", "KIND_GPU": "cuda"}
-
-
-def check_numpy(utilities: Any) -> None:
-    """Make and read one tensor now: a server whose NumPy doesn't fit comes up, and fails at the first use.
-
-    Raises BackendError where Triton's Python backend can't use the NumPy that is installed.
-    """
-    import numpy as np
-
-    try:
-        utilities.Tensor("probe", np.zeros(1, np.int64)).as_numpy()
-    except (AttributeError, ImportError, RuntimeError, TypeError) as error:
-        raise BackendError(
-            f"Triton's Python backend can't use numpy {np.__version__} ({error}); servers up to 2.51 need "
-            "numpy below 2: install it into the server's environment"
-        ) from error
 
 
 class TritonPythonModel:
@@ -41,7 +24,6 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         """Open the session. Raises BackendError with ONNX Runtime's reason."""
         self._utilities = importlib.import_module("triton_python_backend_utils")
-        check_numpy(self._utilities)
         config = json.loads(args["model_config"])
         file = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
         formats = config.get("parameters", {}).get("formats", {}).get("string_value", "")

@@ -27,7 +27,6 @@ from proteus_deploy.provenance import GENERATED, source_type
 from proteus_deploy.runtime.triton_backend import TritonBackend
 from proteus_deploy.serving.triton_loop import TritonPythonModel, request_of
 from proteus_deploy.serving.triton_stage import TritonPythonModel as StageModel
-from proteus_deploy.serving.triton_stage import check_numpy
 from proteus_deploy.video import read_video
 
 pytest.importorskip("onnxruntime")
@@ -323,12 +322,10 @@ def test_tiling_is_a_parameter(server: Server) -> None:
 
 
 def test_numpy_that_the_server_can_not_use(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> None:
-        raise ModuleNotFoundError("No module named 'numpy.core.multiarray'")
-
-    monkeypatch.setattr(server.utilities, "Tensor", broken)
-    with pytest.raises(BackendError, match=r"can't use numpy .*numpy below 2"):
-        check_numpy(server.utilities)
+    """What NumPy 2 gave in a server built for NumPy 1."""
+    monkeypatch.setattr(Tensor, "as_numpy", lambda _: np.array([1, 1, 1]))
+    with pytest.raises(BackendError, match=r"reads \[1, 2, 3\] as \[1, 1, 1\].*numpy below 2"):
+        TritonPythonModel().initialize(server.arguments("proteus"))
 
 
 def test_outside_of_the_server(tiny_bundle: Path) -> None:
