@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.dlpack import to_dlpack
 
 from proteus_deploy.errors import BackendError, Cancelled, InputError, ProteusError
 from proteus_deploy.export.triton_config import VIDEO_INPUTS, VIDEO_OUTPUTS
@@ -38,7 +37,7 @@ def check_numpy(utilities: Any) -> None:
     Raises BackendError where Triton's Python backend can't use the NumPy that is installed.
     """
     sent = torch.arange(1, 4)
-    got = utilities.Tensor.from_dlpack("probe", to_dlpack(sent)).as_numpy().tolist()
+    got = utilities.Tensor.from_dlpack("probe", sent).as_numpy().tolist()
     # A backend built for NumPy 1 takes the size of an element from the wrong place in NumPy 2's types.
     if got != sent.tolist():
         raise BackendError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack, to_dlpack
+from torch.utils.dlpack import from_dlpack
 
 from proteus_deploy.errors import BackendError
 from proteus_deploy.runtime.backend import bind_sizes, resolve_dtype
@@ -78,7 +78,7 @@ class TritonGraph:
             model_name=self.model,
             requested_output_names=[spec.name for spec in self.graph.outputs],
             inputs=[
-                utilities.Tensor.from_dlpack(spec.name, to_dlpack(inputs[spec.name].detach().contiguous()))
+                utilities.Tensor.from_dlpack(spec.name, inputs[spec.name].detach().contiguous())
                 for spec in self.graph.inputs
             ],
             preferred_memory=utilities.PreferredMemory(utilities.TRITONSERVER_MEMORY_CPU, 0),
@@ -88,7 +88,4 @@ class TritonGraph:
             raise BackendError(f"Triton's model {self.model!r} failed: {response.error().message()}")
         found = {tensor.name(): tensor for tensor in response.output_tensors()}
         # Copied, so that the block of shared memory goes back to the server with the response.
-        return {
-            spec.name: from_dlpack(found[spec.name].to_dlpack()).clone()  # type: ignore[no-untyped-call]
-            for spec in self.graph.outputs
-        }
+        return {spec.name: from_dlpack(found[spec.name].to_dlpack()).clone() for spec in self.graph.outputs}

@@ -205,7 +205,7 @@ def test_links_take_no_space_and_are_refused_where_there_are_none(
     def refuse(_source: Any, _destination: Any) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(triton_repository.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     with pytest.raises(InputError, match=r"can't be linked into .*Invalid cross-device link.*choose copies"):
         write_repository(bundle, tmp_path / "other", files="link")
     assert not (tmp_path / "other").exists()

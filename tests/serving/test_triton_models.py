@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.dlpack import from_dlpack, to_dlpack
+from torch.utils.dlpack import from_dlpack
 
 from proteus_deploy import GenerateRequest, Pipeline
 from proteus_deploy.bundle import Bundle
@@ -42,8 +42,8 @@ class Tensor:
         self._name, self._array = name, array
 
     @classmethod
-    def from_dlpack(cls, name: str, capsule: Any) -> Tensor:
-        return cls(name, from_dlpack(capsule).numpy().copy())
+    def from_dlpack(cls, name: str, tensor: torch.Tensor) -> Tensor:
+        return cls(name, from_dlpack(tensor).numpy().copy())
 
     def name(self) -> str:
         return self._name
@@ -52,7 +52,7 @@ class Tensor:
         return self._array
 
     def to_dlpack(self) -> Any:
-        return to_dlpack(torch.from_numpy(self._array))
+        return torch.from_numpy(self._array).__dlpack__()
 
 
 class Error:
