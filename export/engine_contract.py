@@ -11,7 +11,7 @@ from typing import Any
 
 from proteus_deploy.errors import BundleError, InputError
 from proteus_deploy.runtime.tensorrt_api import DTYPES
-from proteus_deploy.stages import Axis, Graph, StageTable, TensorSpec, axis_size, split_axis
+from proteus_deploy.stages import Graph, StageTable, TensorSpec
 
 # First compute capability that has the type.
 _FIRST_CAPABILITY = {"bf16": 80, "int4": 80, "fp8": 89, "fp4": 120}
@@ -80,7 +80,7 @@ def _check_tensor(
     wanted = {"float": dtype, "float32": "fp32"}.get(spec.dtype, spec.dtype)
     if found["dtype"] != wanted:
         raise BundleError(f"{where}: the ONNX file has dtype {found['dtype']}, the stage table {wanted}")
-    sizes = [_fixed_size(axis, table) for axis in spec.axes]
+    sizes = table.dims(spec)
     matches = len(sizes) == len(found["shape"]) and all(
         # -1 where a number is expected is harmless: the profile, or the inputs, pin it down.
         got in (size, -1)
@@ -89,11 +89,5 @@ def _check_tensor(
     if not matches:
         raise BundleError(
             f"{where}: the ONNX file has shape {found['shape']}, the stage table {list(spec.axes)}, that is "
-            f"{[-1 if size is None else size for size in sizes]} (-1: dynamic); export the bundle again"
+            f"{sizes} (-1: dynamic); export the bundle again"
         )
-
-
-def _fixed_size(axis: Axis, table: StageTable) -> int | None:
-    if isinstance(axis, str) and table.is_dynamic(split_axis(axis)[1]):
-        return None
-    return axis_size(axis, table.sizes("opt"))

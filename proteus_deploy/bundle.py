@@ -30,6 +30,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 ENGINES = "engines"
 _FREE_FOLDERS = (ENGINES,)  # not part of the export; engines carry their own manifest
+_PIPELINE_FOLDERS = ("config", "tokenizer", "face_encoder")  # what the pipeline reads besides the networks
 _KIND = "proteus_deploy bundle"
 _DTYPES = ("fp32", "fp16", "bf16")
 # What a video is made with. Bundles of other graphs name no lineage; they can be built and run, not generate.
@@ -76,17 +77,26 @@ class Bundle:
     table: StageTable
 
     @classmethod
-    def open(cls, folder: str | Path, *, report: Report = no_report, hashes: bool = True) -> Bundle:
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        report: Report = no_report,
+        hashes: bool = True,
+        graphs: bool = True,
+    ) -> Bundle:
         """Read the manifest and check every listed file's size and sha256.
 
         hashes: False leaves the sha256 out, for a bundle that this process has just written.
+        graphs: False for a copy that holds no more than `pipeline_files`, whose networks run elsewhere.
         report("checking the bundle", done, total) counts files; a published-size bundle has 28 GB to read.
         Raises BundleError that names the field or file at fault: missing, truncated, altered, foreign,
         written by another schema version, or not a bundle at all.
         """
         folder = Path(folder)
         manifest = _read_manifest(folder / MANIFEST, _REQUIRED, _KIND)
-        check_files(folder, manifest["files"], report=report, hashes=hashes)
+        wanted = manifest["files"] if graphs else _pipeline_part(manifest["files"])
+        check_files(folder, wanted, report=report, hashes=hashes)
         foreign = sorted(set(_own_files(folder)) - set(manifest["files"]))
         if foreign:
             raise BundleError(
@@ -118,6 +128,11 @@ class Bundle:
     def onnx_file(self, graph: str) -> Path:
         self.table.graph(graph)
         return inside(self.folder, self.manifest["graphs"][graph]["file"])
+
+    @property
+    def pipeline_files(self) -> tuple[str, ...]:
+        """Names of what the pipeline reads besides the networks: configs, tokenizer, face detector."""
+        return (MANIFEST, *sorted(_pipeline_part(self.manifest["files"])))
 
     def config(self, name: str) -> dict[str, Any]:
         """A published config kept in the bundle: transformer, vae or text_encoder."""
@@ -168,6 +183,10 @@ class Bundle:
                     "build it again"
                 )
         return EngineSet(target, folder, document)
+
+
+def _pipeline_part(files: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: record for name, record in files.items() if name.split("/")[0] in _PIPELINE_FOLDERS}
 
 
 def _own_files(folder: Path) -> Iterator[str]:

@@ -187,7 +187,7 @@ class Pipeline:
         cls,
         folder: str | Path | Bundle,
         *,
-        backend: str = "onnxruntime",
+        backend: str | Backend = "onnxruntime",
         device: str | torch.device | None = None,
         vae_tiling: bool | Tiling = False,
         low_memory: bool = False,
@@ -195,6 +195,7 @@ class Pipeline:
     ) -> Pipeline:
         """An exported bundle on the named backend: onnxruntime, openvino or tensorrt.
 
+        backend: or an opened backend of this bundle, whose device is then its own.
         low_memory: see `Pipeline`. cache: keeps results of text and identity stages across requests.
         Raises BundleError or BackendError. No other backend is tried in its place.
         """
@@ -202,7 +203,7 @@ class Pipeline:
         faces = bundle.folder / "face_encoder"
         name = str(device) if isinstance(device, torch.device) else device
         return cls(
-            open_bundle_backend(bundle, backend, device=name),
+            open_bundle_backend(bundle, backend, device=name) if isinstance(backend, str) else backend,
             bundle.transformer,
             bundle.config("vae"),
             bundle.config("scheduler"),

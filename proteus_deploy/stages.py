@@ -108,6 +108,15 @@ class StageTable:
             for spec in graph.inputs
         }
 
+    def dims(self, spec: TensorSpec) -> list[int]:
+        """Sizes of a tensor's axes as the graphs declare them; -1 for an axis that may change."""
+        return [self._dim(axis) for axis in spec.axes]
+
+    def _dim(self, axis: Axis) -> int:
+        if isinstance(axis, str) and self.is_dynamic(split_axis(axis)[1]):
+            return -1
+        return axis_size(axis, self.sizes("opt"))
+
     def is_dynamic(self, symbol: str) -> bool:
         """A symbol whose range is one number is exported as that number."""
         bounds = self.axes[symbol]

@@ -175,8 +175,6 @@ def serve_on_ray(
     app = application(settings, scale)
     # Ray reports its use to its makers unless told otherwise.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address is None:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else it writes a token into the home folder
     import ray
     from ray import serve
 

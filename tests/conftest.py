@@ -83,6 +83,17 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     return _export(tiny_checkpoint, tmp_path_factory.mktemp("tiny") / "bundle")
 
 
+@pytest.fixture(scope="session")
+def triton_client(repository: Path) -> Path:
+    """An interpreter with `tritonclient`, which doesn't go with our protobuf; made once, in build/."""
+    from proteus_deploy.benchmarks.triton_environments import NotInstallable, client_environment
+
+    try:
+        return client_environment(repository / "build" / "triton" / "client")
+    except NotInstallable as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture
 def instant_export(parity_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports of the parity checkpoint in float32 take their graphs from `parity_bundle`."""

@@ -1,12 +1,22 @@
-"""`proteus-deploy export`: a checkpoint becomes a bundle."""
+"""`proteus-deploy export`: a checkpoint becomes a bundle, a bundle a model repository of Triton."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from proteus_deploy.cli.triton_flags import (
+    add_triton_flags,
+    check_triton_flags,
+    check_triton_source,
+    describe,
+    write_triton,
+)
+from proteus_deploy.errors import InputError
 
 if TYPE_CHECKING:
+    from proteus_deploy.bundle import Bundle
     from proteus_deploy.export.activation_statistics import ActivationStatistics
     from proteus_deploy.export.recipe import Recipe
 
@@ -14,23 +24,43 @@ NAME = "export"
 HELP = "write every network of a checkpoint as ONNX: a bundle that runs without the checkpoint"
 
 
+_OF_THE_EXPORT = (
+    "output_dir",
+    "dtype",
+    "max_height",
+    "max_width",
+    "max_num_frames",
+    "max_videos",
+    "reference",
+    "identity_plugin",
+    "quantize",
+    "calibration",
+    "graphs_from",
+    "overwrite",
+    "random_weights",
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder in the published layout")
-    parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="where the bundle goes")
     parser.add_argument(
-        "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="weights and activations (fp32)"
+        "source",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="folder in the published layout; with --triton also a bundle, which is then not exported again",
     )
+    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="where the bundle goes")
+    # Flags of the export itself default to None or False: one that was given beside a bundle is refused.
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="weights and activations (fp32)")
     parser.add_argument("--max-height", type=int, metavar="PIXELS", help="largest height to serve")
     parser.add_argument("--max-width", type=int, metavar="PIXELS", help="largest width to serve")
     parser.add_argument(
         "--max-num-frames", type=int, metavar="N", help="longest video to serve (twice the sample's)"
     )
-    parser.add_argument("--max-videos", type=int, default=1, metavar="N", help="videos in one batch (1)")
+    parser.add_argument("--max-videos", type=int, metavar="N", help="videos in one batch (1)")
     parser.add_argument(
         "--reference",
         choices=("auto", "video", "stages", "none"),
-        default="auto",
-        help="what the PyTorch reference records for `verify`; auto: video if small, none if large",
+        help="what the PyTorch reference records for `verify`; auto, the default: video if small, else none",
     )
     parser.add_argument(
         "--identity-plugin",
@@ -63,29 +93,82 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ignore weight files and make weights up: measures the export of a config",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_triton_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from proteus_deploy.bundle import is_bundle
+    from proteus_deploy.cli.output import print_json
+    from proteus_deploy.cli.progress import PhaseProgress
+
+    from_bundle = is_bundle(arguments.source)
+    bundle = _open(arguments) if from_bundle else _export(arguments)
+    document: dict[str, Any] = {}
+    if not from_bundle:
+        document = {"bundle": str(bundle.folder), "hash": bundle.hash, "dtype": bundle.dtype}
+        document["parity"] = bundle.manifest["parity"]
+    if arguments.triton is not None:
+        with PhaseProgress() as report:
+            document["triton"] = write_triton(bundle, arguments, report)
+    if arguments.json:
+        print_json(document)
+        return 0
+    if not from_bundle:
+        _print_bundle(bundle)
+    if "triton" in document:
+        describe(document["triton"])
+    return 0
+
+
+def _open(arguments: argparse.Namespace) -> Bundle:
+    """The bundle that was given, for a repository of it. Raises InputError for flags of the export."""
+    from proteus_deploy.cli.paths import open_bundle
+
+    if arguments.triton is None:
+        raise InputError(
+            f"{arguments.source} is a bundle already; pass --triton DIR for a Triton repository of it, or a "
+            "checkpoint to export"
+        )
+    for name in _OF_THE_EXPORT:
+        value = getattr(arguments, name)
+        if value is not None and value is not False:
+            raise InputError(
+                f"--{name.replace('_', '-')} is for exporting a checkpoint, and {arguments.source} is a "
+                "bundle; leave it out"
+            )
+    bundle = open_bundle(arguments.source)
+    check_triton_flags(arguments, bundle.dtype)
+    return bundle
+
+
+def _export(arguments: argparse.Namespace) -> Bundle:
     from proteus_deploy.checkpoint import Checkpoint
-    from proteus_deploy.cli.output import print_json, print_table
     from proteus_deploy.cli.paths import open_bundle
     from proteus_deploy.cli.progress import PhaseProgress
     from proteus_deploy.export.export import export_bundle
     from proteus_deploy.stage_table import ExportRanges
 
+    if arguments.output_dir is None:
+        raise InputError("--output-dir is missing; name the folder that the bundle goes to")
+    dtype = arguments.dtype or "fp32"
+    check_triton_flags(arguments, dtype)
     recipe, statistics = _quantisation(arguments)
     earlier = None if arguments.graphs_from is None else open_bundle(arguments.graphs_from)
-    checkpoint = Checkpoint.open(arguments.checkpoint, random_weights_seed=arguments.random_weights)
+    checkpoint = Checkpoint.open(arguments.source, random_weights_seed=arguments.random_weights)
+    check_triton_source(arguments, checkpoint)
     ranges = ExportRanges(
-        arguments.max_height, arguments.max_width, arguments.max_num_frames, arguments.max_videos
+        arguments.max_height,
+        arguments.max_width,
+        arguments.max_num_frames,
+        1 if arguments.max_videos is None else arguments.max_videos,
     )
     with PhaseProgress() as report:
-        bundle = export_bundle(
+        return export_bundle(
             checkpoint,
             arguments.output_dir,
-            dtype=arguments.dtype,
+            dtype=dtype,
             ranges=ranges,
-            reference=arguments.reference,
+            reference=arguments.reference or "auto",
             overwrite=arguments.overwrite,
             identity_plugin=arguments.identity_plugin,
             recipe=recipe,
@@ -93,12 +176,13 @@ def run(arguments: argparse.Namespace) -> int:
             graphs_from=earlier,
             report=report,
         )
+
+
+def _print_bundle(bundle: Bundle) -> None:
+    from proteus_deploy.cli.output import print_table
+    from proteus_deploy.export.quantised_export import recipe_of
+
     parity = bundle.manifest["parity"]
-    if arguments.json:
-        print_json(
-            {"bundle": str(bundle.folder), "hash": bundle.hash, "dtype": bundle.dtype, "parity": parity}
-        )
-        return 0
     errors = parity.get("relative_error", {})
     rows = []
     for graph in bundle.table.graphs:
@@ -111,14 +195,13 @@ def run(arguments: argparse.Namespace) -> int:
     print_table(["graph", "nodes", "MiB", "error under ONNX Runtime"], rows)
     if parity["status"] != "measured":
         print(f"parity was not measured: {parity['reason']}")
+    recipe = recipe_of(bundle.manifest)
     quantised = "" if recipe is None else f", quantised by {recipe.name}"
     print(f"{bundle.folder} ({bundle.dtype}{quantised})")
-    return 0
 
 
 def _quantisation(arguments: argparse.Namespace) -> tuple[Recipe | None, ActivationStatistics | None]:
     """Recipe and statistics, read and checked before any work. Raises InputError."""
-    from proteus_deploy.errors import InputError
     from proteus_deploy.export.activation_statistics import ActivationStatistics
     from proteus_deploy.export.quantize import require_statistics
     from proteus_deploy.export.recipe import Recipe

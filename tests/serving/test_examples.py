@@ -40,6 +40,6 @@ def test_clients(server: Server, drawn_photo: bytes, repository: Path, tmp_path:
 
 
 def test_every_example_is_run(repository: Path) -> None:
-    """library.py needs a bundle: tests/cli/test_demo.py runs it on the demo's."""
+    """test_demo.py runs library.py, which needs a bundle; test_triton_server.py and test_ray.py their own."""
     names = {file.name for file in (repository / "examples").iterdir()}
-    assert names == {"library.py", *CLIENTS}
+    assert names == {"library.py", "ray_servers.py", "triton_client.py", *CLIENTS}

@@ -7,6 +7,9 @@ import contextlib
 import importlib.util
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
 
 SHARED = ["--engine", "ray", "--database-url", "postgresql://x/y", "--results-url", "file:///x"]
 
+# With authentication Ray writes a token into the home folder of whoever runs the tests.
+WITHOUT_TOKEN = {"RAY_AUTH_MODE": "disabled"}
+
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 
 
@@ -36,7 +42,8 @@ def _replicas() -> dict[int, list[int]]:
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if (folder / "cmdline").read_bytes().startswith(b"ray::ServeReplica:proteus-deploy"):
+            title = (folder / "cmdline").read_bytes()
+            if title.startswith(b"ray::ServeReplica:") and b":proteus-deploy" in title:
                 children = [path.read_text().split() for path in (folder / "task").glob("*/children")]
                 found[int(folder.name)] = [int(pid) for pids in children for pid in pids]
     return found
@@ -44,8 +51,13 @@ def _replicas() -> dict[int, list[int]]:
 
 @pytest.fixture
 def server(
-    tmp_path: Path, new_postgresql: Callable[[], str], serve_process: type[Server]
+    tmp_path: Path,
+    new_postgresql: Callable[[], str],
+    serve_process: type[Server],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Server]:
+    for name, value in WITHOUT_TOKEN.items():
+        monkeypatch.setenv(name, value)
     flags = ["--engine", "ray", "--replicas", "2", "--replica-cpus", "0.5"]
     flags += ["--database-url", new_postgresql(), "--results-url", f"file://{tmp_path}/results"]
     started = serve_process(tmp_path, *flags)
@@ -110,6 +122,43 @@ def test_two_replicas_survive_the_killing_of_one(server: Server, drawn_photo: by
     _wait(server, [long], lambda shown: shown[0]["status"] == "cancelled")
     assert server.end() == 0
     assert not _replicas()
+
+
+@needs_ray
+@pytest.mark.slow
+def test_the_example(new_postgresql: Callable[[], str], repository: Path, tmp_path: Path) -> None:
+    import httpx2
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    program = [sys.executable, str(repository / "examples" / "ray_servers.py"), str(MODEL)]
+    log = (tmp_path / "log").open("wb")
+    process = subprocess.Popen(
+        [*program, new_postgresql(), f"file://{tmp_path}/results", port],
+        cwd=tmp_path,
+        env=os.environ | WITHOUT_TOKEN,
+        stdout=log,
+        stderr=log,
+    )
+    try:
+        deadline_s = time.monotonic() + 120
+        while len(_replicas()) < 2 or not _answers(f"http://127.0.0.1:{port}/readyz"):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline_s, (tmp_path / "log").read_text()
+            time.sleep(0.5)
+        assert httpx2.get(f"http://127.0.0.1:{port}/v1/models").json()["data"][0]["id"] == "proteus-id"
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+        log.close()
+
+
+def _answers(url: str) -> bool:
+    import httpx2
+
+    with contextlib.suppress(httpx2.HTTPError):
+        return httpx2.get(url).status_code == 200
+    return False
 
 
 def test_more_replicas_while_jobs_wait_for_long(service: Service) -> None:

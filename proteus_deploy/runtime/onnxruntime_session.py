@@ -1,0 +1,60 @@
+"""ONNX Runtime sessions over a bundle's graphs, without torch, for a process that only runs one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from proteus_deploy.errors import BackendError
+
+__all__ = ["PROVIDERS", "missing_kernels", "open_session", "quantised_formats"]
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def quantised_formats(manifest: Mapping[str, Any], graph: str) -> tuple[str, ...]:
+    """Formats of the graph's codes, as the manifest of its bundle says; none where it isn't quantised."""
+    return tuple(manifest["graphs"][graph].get("quantization", {}).get("formats", ()))
+
+
+def missing_kernels(manifest: Mapping[str, Any]) -> str:
+    """Why ONNX Runtime can't run a quantised bundle; empty where it can."""
+    graphs = [graph for graph in manifest["graphs"] if "nvfp4" in quantised_formats(manifest, graph)]
+    if not graphs:
+        return ""
+    return f"ONNX Runtime has no kernel for the nvfp4 weights of {', '.join(graphs)}"
+
+
+def open_session(
+    file: Any,
+    provider: str = "CPUExecutionProvider",
+    threads: int | None = None,
+    *,
+    formats: Collection[str] = (),
+) -> Any:
+    """An InferenceSession over an ONNX file. formats: of the graph's codes ("int8", "fp8_e4m3", "int4").
+
+    Raises BackendError with ONNX Runtime's reason.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if formats:
+        # By default activations beside low-bit weights become int8; precision is the graph's business.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        # Without VNNI or AMX, sums of two int8 products overflow 16 bits and are cut; with it they don't.
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    if "fp8_e4m3" in formats:
+        # Further levels move QuantizeLinear through operators that have no E4M3 form: the graph is refused.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    try:
+        session = onnxruntime.InferenceSession(str(file), options, providers=[provider])
+    except Exception as error:  # ONNX Runtime raises its own types, which have no common public base
+        raise BackendError(f"ONNX Runtime can't load {file}: {error}") from error
+    # A provider whose libraries don't load is replaced by the CPU with no more than a warning.
+    if (found := session.get_providers()[0]) != provider:
+        raise BackendError(f"ONNX Runtime could not start {provider} for {file} and offered {found}")
+    return session
