@@ -95,8 +95,11 @@ def check_own_room(connection: Connection, owner: str, most: int | None) -> None
         raise QueueFull(f"{waiting} jobs of this key are waiting, and {most} may; try again later")
 
 
-def known_job(row: sa.Row[Any], digest: str, key: str) -> Job:
-    """The job that an idempotency key gave before. Raises IdempotencyConflict for another request."""
+def known_job(connection: Connection, owner: str, key: str, digest: str) -> Job | None:
+    """The job that an owner's idempotency key gave before. Raises IdempotencyConflict for another request."""
+    row = find_row(connection, jobs.c.owner == owner, jobs.c.idempotency_key == key)
+    if row is None:
+        return None
     if row.request_hash != digest:
         raise IdempotencyConflict(
             f"the idempotency key {key!r} came before with another request; use a new key for a new request"

@@ -71,7 +71,7 @@ class JobStore(WorkQueue):
         cost: float = 1.0,
         deadline_s: float | None = None,
         idempotency_key: str | None = None,
-        asked: Mapping[str, Any] | None = None,
+        asked: tuple[Mapping[str, Any], bytes | None] | None = None,
         batch_key: str | None = None,
         max_wait: tuple[Pace, float] | None = None,
         max_own_queued: int | None = None,
@@ -79,20 +79,20 @@ class JobStore(WorkQueue):
         """(the job, whether it is new). On the disk when this returns.
 
         deadline_s: seconds from now. idempotency_key: of this owner; with the same request it gives the job
-        that it gave before. asked: what the client wrote, by which requests are compared, where the request
-        holds more (a seed that was drawn). max_wait: (pace, seconds of one worker) for which the jobs that
-        wait already may keep it; None for any. max_own_queued: jobs of this owner that may wait.
+        that it gave before. asked: what the client wrote and the photo that it sent, by which requests are
+        compared, where they aren't the job's (a seed that was drawn, a character's photo).
+        max_wait: (pace, seconds of one worker) for which the jobs that wait already may keep it; None for
+        any. max_own_queued: jobs of this owner that may wait.
         Raises IdempotencyConflict for another request, QueueFull.
         """
-        digest, now = request_hash(request if asked is None else asked, photo), self._clock()
+        asked = (request, photo) if asked is None else asked
+        now = self._clock()
         with writing(self._engine) as connection:
             clock = lock_queue(connection)
             if idempotency_key is not None and (
-                known := find_row(
-                    connection, jobs.c.owner == owner, jobs.c.idempotency_key == idempotency_key
-                )
+                known := known_job(connection, owner, idempotency_key, request_hash(*asked))
             ):
-                return known_job(known, digest, idempotency_key), False
+                return known, False
             self._check_room(connection, max_wait)
             check_own_room(connection, owner, max_own_queued)
             last_end = connection.scalar(
@@ -106,7 +106,7 @@ class JobStore(WorkQueue):
                 photo,
                 owner=owner,
                 idempotency_key=idempotency_key,
-                request_hash=digest,
+                request_hash=request_hash(*asked),
                 request=dict(request),
                 cost=cost,
                 turn=max(clock, last_end or 0.0),
@@ -115,6 +115,13 @@ class JobStore(WorkQueue):
                 batch_key=batch_key,
             )
             return job_of(row), True
+
+    def known(
+        self, owner: str, idempotency_key: str, asked: tuple[Mapping[str, Any], bytes | None]
+    ) -> Job | None:
+        """The job that this key of the owner gave before; None for a new key. Raises IdempotencyConflict."""
+        with reading(self._engine) as connection:
+            return known_job(connection, owner, idempotency_key, request_hash(*asked))
 
     def _check_room(self, connection: Connection, max_wait: tuple[Pace, float] | None) -> None:
         query = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(jobs.c.cost), 0.0))

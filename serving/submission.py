@@ -44,12 +44,17 @@ async def submit(
     if body.model not in (None, name):
         text = f"the model {body.model!r} is not served; this server has {name!r}"
         raise ApiError(404, text, param="model", code="model_not_found")
+    # A seed that was drawn must not tell a repeated request from the first, nor a character that is gone now.
+    asked = body.model_dump() | {"input_reference": None}, photo
+    if idempotency_key is not None:
+        known = await run_sync(service.store.known, key.name, idempotency_key, asked)
+        if known is not None:
+            return known
     whole, photo = await run_sync(with_character, service, key.name, body, photo)
     pixels = service.settings.max_pixels
     order = await run_sync(partial(make_order, whole, photo, service.config, pixels, service.table))
     if traceparent is not None and TRACEPARENT.fullmatch(traceparent):
         order.request["traceparent"] = traceparent
-    # A seed that was drawn must not tell a repeated request from the first.
     job, _ = await run_sync(
         partial(
             service.store.submit,
@@ -59,7 +64,7 @@ async def submit(
             cost=order.cost,
             deadline_s=order.timeout_s,
             idempotency_key=idempotency_key,
-            asked=body.model_dump() | {"input_reference": None},
+            asked=asked,
             batch_key=order.batch_key,
             max_own_queued=key.max_queued,
             max_wait=await run_sync(service.max_wait),

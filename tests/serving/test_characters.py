@@ -47,10 +47,12 @@ def test_from_registering_to_a_video(
     assert service.store.photo(claim) == drawn_photo
     service.store.complete(claim)
     assert client.get(f"/v1/characters/{made['id']}").json()["status"] == "ready"
-    answer = client.post("/v1/videos", json=VIDEO | {"character": made["id"]})
+    key, body = {"Idempotency-Key": "one"}, VIDEO | {"character": made["id"]}
+    answer = client.post("/v1/videos", json=body, headers=key)
     assert answer.json()["character"] == made["id"]
     assert answer.json()["identity_prompt"] == "a person with brown hair"
     assert client.delete(f"/v1/characters/{made['id']}").json()["deleted"]
+    assert client.post("/v1/videos", json=body, headers=key).json()["id"] == answer.json()["id"]
     assert _claim(service).job.id == first["id"]
     later = _claim(service)
     assert later.job.id == answer.json()["id"], "a video needs the character no longer"
