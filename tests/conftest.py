@@ -74,13 +74,13 @@ def parity() -> Path:
 @pytest.fixture(scope="session")
 def parity_bundle(parity: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The parity checkpoint as a float32 bundle, exported once. Read it, don't write into it."""
-    return _export(parity / "checkpoint", tmp_path_factory.mktemp("parity") / "bundle")
+    return _export(parity / "checkpoint", "parity", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny checkpoint as a float32 bundle, exported once. Read it, don't write into it."""
-    return _export(tiny_checkpoint, tmp_path_factory.mktemp("tiny") / "bundle")
+    return _export(tiny_checkpoint, "tiny", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -113,11 +113,21 @@ def instant_export(parity_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(export, "export_graph", take)
 
 
-def _export(checkpoint: Path, destination: Path) -> Path:
+def _export(checkpoint: Path, name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the checkpoint; of several workers (pytest-xdist) one makes it, the others wait for it."""
+    import fcntl
+
     from proteus_deploy.checkpoint import Checkpoint
     from proteus_deploy.export.export import export_bundle
 
-    return export_bundle(Checkpoint.open(checkpoint), destination).folder
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = root / f"bundle-{name}"
+    with (root / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():  # it comes by one rename, so it is whole
+            export_bundle(Checkpoint.open(checkpoint), folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

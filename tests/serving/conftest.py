@@ -39,7 +39,7 @@ class Server:
     def end(self, number: int = signal.SIGINT) -> int:
         """Its exit code after a signal."""
         self.process.send_signal(number)
-        code = self.process.wait(timeout=60)
+        code = self.process.wait(timeout=300)
         assert self.process.stdout is not None
         self.process.stdout.close()
         return code
