@@ -67,6 +67,20 @@ def server(
     started.kill()
 
 
+def _ask(method: str, url: str, **content: Any) -> Any:
+    """The answer; one that a replica was giving while it was killed is asked for again."""
+    import httpx2
+
+    deadline_s = time.monotonic() + PATIENCE_S
+    while True:
+        with contextlib.suppress(httpx2.TransportError):
+            answer = httpx2.request(method, url, timeout=60, **content)
+            if answer.status_code < 500:
+                return answer
+        assert time.monotonic() < deadline_s, f"{url} doesn't answer"
+        time.sleep(0.25)
+
+
 def _wait(
     server: Server, jobs: list[str], until: Callable[[list[dict[str, Any]]], bool]
 ) -> list[dict[str, Any]]:
