@@ -30,7 +30,8 @@ check: $(STAMP)
 
 # A test file stays with one worker, which makes its fixtures once; tests run with one thread each (conftest.py).
 test: check
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 demo: $(STAMP)
 	$(BIN)/proteus-deploy demo --output-dir demo $(if $(SERVE),--serve)

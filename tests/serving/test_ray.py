@@ -94,6 +94,7 @@ def _wait(
 
 
 @needs_ray
+@pytest.mark.alone
 @pytest.mark.slow
 def test_two_replicas_survive_the_killing_of_one(server: Server, drawn_photo: bytes, tmp_path: Path) -> None:
     def create(steps: int, seed: int) -> str:
@@ -140,6 +141,7 @@ def test_two_replicas_survive_the_killing_of_one(server: Server, drawn_photo: by
 
 
 @needs_ray
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_example(new_postgresql: Callable[[], str], repository: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
