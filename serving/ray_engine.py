@@ -18,6 +18,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from proteus_deploy.errors import BackendError, InputError
+from proteus_deploy.serving.database import database_url
 from proteus_deploy.serving.service import FolderInUse, Service, ServiceSettings, check_model
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def application(settings: ServiceSettings, scale: Scale) -> Application:
 
 
 def _check_shared(settings: ServiceSettings, scale: Scale) -> None:
-    if settings.database_url is None or not settings.database_url.startswith("postgresql"):
+    if database_url(settings.database_url, settings.data_dir).get_backend_name() != "postgresql":
         raise InputError(
             "replicas on Ray share their jobs through PostgreSQL, and --database-url names none; write "
             "--database-url postgresql://user:password@host/name"

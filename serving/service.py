@@ -50,7 +50,7 @@ class ServiceSettings:
 
     max_body_bytes, max_pixels: of a request and of its photo. keep_s, keep_bytes: of finished videos.
     finish_s: how long running jobs may go on when the server stops; then they are put back.
-    max_wait_s: how long a new job may have to wait, by what the waiting ones cost and the measured rate.
+    max_wait_s: how long a new job may have to wait, by what the waiting ones cost and the pace of the last.
     results_url: where all servers reach finished videos, see `open_results`; None for a folder in `data_dir`.
     traces: where OpenTelemetry spans go, see `traces.open_exporter`.
     max_batch, batch_wait_s, cache_bytes, warm_up, provenance, log_json: see `WorkerSettings`.
@@ -103,7 +103,7 @@ class Service:
     """Opened once per server process; `start` it, and `close` it."""
 
     def __init__(self, settings: ServiceSettings) -> None:
-        """Raises FolderInUse, InputError when the model can't be read or the results can't be written."""
+        """Raises FolderInUse, InputError when the model can't be read, and as its results and database do."""
         self.settings, self.keys = settings, settings.keys
         exporter = None if settings.traces is None else open_exporter(settings.traces)
         self.config, self.table = check_model(settings)
@@ -111,13 +111,13 @@ class Service:
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         self._lock_file = _lock(settings.data_dir)
         try:
+            self.results = open_results(settings.results_url, settings.data_dir / "results")
             self.engine = open_database(url)
         except BaseException:
             self._lock_file.close()
             raise
         self.store = JobStore(self.engine, max_queued=settings.max_queued, max_attempts=settings.max_attempts)
         self.characters = CharacterStore(self.engine)
-        self.results = open_results(settings.results_url, settings.data_dir / "results")
         self.board = Board()
         self.stopping = threading.Event()
         name = _node_name(settings.data_dir)

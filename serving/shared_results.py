@@ -112,15 +112,21 @@ class SharedResults:
         found: list[str] = []
         with suppress(FileNotFoundError):  # an object store has no empty folders
             found = [str(key).rsplit("/", 1)[-1] for key in self._files.ls(self._root, detail=False)]
-        old = [
-            name
-            for name in sorted(found)
-            if RESULT_NAME.fullmatch(name) and self._files.modified(self._key(name)).timestamp() <= limit
-        ]
         kept = published()
-        orphans = [name for name in old if name not in kept]
+        # A store is asked for the age of each file, so only of those that may have to go.
+        orphans = [
+            name
+            for name in sorted(set(found) - kept)
+            if RESULT_NAME.fullmatch(name) and self._stored_s(name) <= limit
+        ]
         self.remove(orphans)
         return orphans
+
+    def _stored_s(self, name: str) -> float:
+        try:
+            return float(self._files.modified(self._key(name)).timestamp())
+        except FileNotFoundError:  # another server has removed it meanwhile
+            return float("inf")
 
     def _key(self, name: str) -> str:
         return f"{self._root}/{name}"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import pytest
 if TYPE_CHECKING:
     from fastapi.testclient import TestClient
 
+    from proteus_deploy.serving.jobs import Claim
     from proteus_deploy.serving.service import Service
 
 
@@ -97,6 +99,28 @@ def drawn_photo() -> bytes:
     stream = io.BytesIO()
     Image.fromarray(make_photo(HELD_OUT_SEEDS[0], 0).image).save(stream, "png")
     return stream.getvalue()
+
+
+@pytest.fixture(scope="session")
+def new_claim() -> Callable[..., Claim]:
+    """new_claim(attempt) -> a claim on a job that no database knows."""
+    from proteus_deploy.serving.jobs import Claim, Job, JobState, new_job_id
+
+    def make(attempt: int = 1) -> Claim:
+        job = Job(1, new_job_id(), "anna", JobState.RUNNING, {}, 1.0, 0.0, attempt=attempt)
+        return Claim(job, "w", attempt)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def saving() -> Callable[[bytes], Callable[[Path], None]]:
+    """saving(content) -> what writes it into a file."""
+
+    def save(content: bytes, path: Path) -> None:
+        path.write_bytes(content)
+
+    return lambda content: partial(save, content)
 
 
 @pytest.fixture

@@ -39,8 +39,17 @@ WITHOUT_TOKEN = {"RAY_AUTH_MODE": "disabled"}
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 
 
+Replicas = Callable[[], dict[int, list[int]]]
+
+
+@pytest.fixture
+def replicas() -> Replicas:
+    """replicas() -> process id of each replica that was started since -> those of its workers."""
+    before = _replicas().keys()
+    return lambda: {pid: workers for pid, workers in _replicas().items() if pid not in before}
+
+
 def _replicas() -> dict[int, list[int]]:
-    """Process id of each replica -> those of its workers."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -55,6 +64,7 @@ def _replicas() -> dict[int, list[int]]:
 def server(
     tmp_path: Path,
     new_postgresql: Callable[[], str],
+    replicas: Replicas,  # looks at the machine before this server is there
     serve_process: type[Server],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Server]:
@@ -64,7 +74,8 @@ def server(
     flags += ["--database-url", new_postgresql(), "--results-url", f"file://{tmp_path}/results"]
     started = serve_process(tmp_path, *flags)
     yield started
-    started.kill()
+    if started.process.poll() is None:
+        started.end()  # SIGKILL would leave the cluster
 
 
 def _ask(method: str, url: str, **content: Any) -> Any:
@@ -96,7 +107,9 @@ def _wait(
 @needs_ray
 @pytest.mark.alone
 @pytest.mark.slow
-def test_two_replicas_survive_the_killing_of_one(server: Server, drawn_photo: bytes, tmp_path: Path) -> None:
+def test_two_replicas_survive_the_killing_of_one(
+    server: Server, replicas: Replicas, drawn_photo: bytes, tmp_path: Path
+) -> None:
     def create(steps: int, seed: int) -> str:
         fields = {"prompt": "a person waves", "num_inference_steps": str(steps), "seed": str(seed)}
         files = {"input_reference": ("photo.png", drawn_photo)}
@@ -105,7 +118,7 @@ def test_two_replicas_survive_the_killing_of_one(server: Server, drawn_photo: by
         name: str = answer.json()["id"]
         return name
 
-    before = _replicas()
+    before = replicas()
     assert len(before) == 2
     jobs = [create(8, seed) for seed in (1, 1, 2, 2)]
     _wait(server, jobs, lambda shown: sum(one["status"] == "in_progress" for one in shown) == 2)
@@ -121,12 +134,11 @@ def test_two_replicas_survive_the_killing_of_one(server: Server, drawn_photo: by
     # Each once, and with the bytes of its seed, whoever made it and whoever hands it out.
     contents = [_ask("GET", f"{server.url}/v1/videos/{job}/content").content for job in jobs]
     assert contents[0] == contents[1] != contents[2] == contents[3]
-    assert sorted(one.stat().st_size for one in (tmp_path / "results").iterdir()) == sorted(
-        map(len, contents)
-    )
+    stored = [file.read_bytes() for file in (tmp_path / "results").iterdir()]
+    assert sorted(stored) == sorted(contents)
 
     deadline_s = time.monotonic() + PATIENCE_S
-    while len(_replicas()) < 2 or victim in _replicas():
+    while len(replicas()) < 2 or victim in replicas():
         assert time.monotonic() < deadline_s, "the killed replica was not replaced"
         time.sleep(0.5)
 
@@ -137,13 +149,15 @@ def test_two_replicas_survive_the_killing_of_one(server: Server, drawn_photo: by
         _ask("POST", f"{server.url}/v1/videos/{long}/cancel")
     _wait(server, [long], lambda shown: shown[0]["status"] == "cancelled")
     assert server.end() == 0
-    assert not _replicas()
+    assert not replicas()
 
 
 @needs_ray
 @pytest.mark.alone
 @pytest.mark.slow
-def test_the_example(new_postgresql: Callable[[], str], repository: Path, tmp_path: Path) -> None:
+def test_the_example(
+    new_postgresql: Callable[[], str], replicas: Replicas, repository: Path, tmp_path: Path
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     program = [sys.executable, str(repository / "examples" / "ray_servers.py"), str(MODEL)]
@@ -154,7 +168,7 @@ def test_the_example(new_postgresql: Callable[[], str], repository: Path, tmp_pa
         )
     try:
         deadline_s = time.monotonic() + PATIENCE_S
-        while len(_replicas()) < 2 or not _answers(f"http://127.0.0.1:{port}/readyz"):
+        while len(replicas()) < 2 or not _answers(f"http://127.0.0.1:{port}/readyz"):
             assert process.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < deadline_s, (tmp_path / "log").read_text()
             time.sleep(0.5)

@@ -8,37 +8,28 @@ from pathlib import Path
 import pytest
 
 from proteus_deploy.errors import InputError
-from proteus_deploy.serving.jobs import Claim, Job, JobNotFound, JobState, new_job_id
+from proteus_deploy.serving.jobs import Claim, JobNotFound
 from proteus_deploy.serving.results import ResultFolder
 
-
-def _claim(attempt: int = 1) -> Claim:
-    job = Job(1, new_job_id(), "anna", JobState.RUNNING, {}, 1.0, 0.0, attempt=attempt)
-    return Claim(job, "w", attempt)
+Saving = Callable[[bytes], Callable[[Path], None]]
+NewClaim = Callable[..., Claim]
 
 
-def _saving(content: bytes) -> Callable[[Path], None]:
-    def save(path: Path) -> None:
-        path.write_bytes(content)
-
-    return save
-
-
-def test_written_results(tmp_path: Path) -> None:
-    results, claim = ResultFolder(tmp_path), _claim(3)
-    result = results.write(claim, _saving(b"video"), {"frames": 5})
+def test_written_results(tmp_path: Path, new_claim: NewClaim, saving: Saving) -> None:
+    results, claim = ResultFolder(tmp_path), new_claim(3)
+    result = results.write(claim, saving(b"video"), {"frames": 5})
     assert result.name == f"{claim.job.id}-3.mp4"
     assert (result.bytes, result.facts) == (5, {"frames": 5})
     assert results.path(result.name).read_bytes() == b"video"
 
 
-def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_nothing(tmp_path: Path, new_claim: NewClaim) -> None:
     def save(path: Path) -> None:
         path.write_bytes(b"half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        ResultFolder(tmp_path).write(_claim(), save)
+        ResultFolder(tmp_path).write(new_claim(), save)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -53,9 +44,9 @@ def test_names_stay_inside(tmp_path: Path) -> None:
         results.path("gone.mp4")
 
 
-def test_sweeping(tmp_path: Path) -> None:
+def test_sweeping(tmp_path: Path, new_claim: NewClaim, saving: Saving) -> None:
     results = ResultFolder(tmp_path)
-    kept, orphan = (results.write(_claim(), _saving(b"x")) for _ in range(2))
+    kept, orphan = (results.write(new_claim(), saving(b"x")) for _ in range(2))
     (tmp_path / ".partial-left").write_bytes(b"half")
     (tmp_path / "notes.txt").write_text("of the operator")
     assert results.sweep(lambda: {kept.name}, older_than_s=60) == []

@@ -10,21 +10,12 @@ from pathlib import Path
 import pytest
 
 from proteus_deploy.errors import BackendError, InputError
-from proteus_deploy.serving.jobs import Claim, Job, JobNotFound, JobState, new_job_id
+from proteus_deploy.serving.jobs import Claim, JobNotFound
 from proteus_deploy.serving.results import ResultFolder, Results
 from proteus_deploy.serving.shared_results import SharedResults, open_results
 
-
-def _claim(attempt: int = 1) -> Claim:
-    job = Job(1, new_job_id(), "anna", JobState.RUNNING, {}, 1.0, 0.0, attempt=attempt)
-    return Claim(job, "w", attempt)
-
-
-def _saving(content: bytes) -> Callable[[Path], None]:
-    def save(path: Path) -> None:
-        path.write_bytes(content)
-
-    return save
+Saving = Callable[[bytes], Callable[[Path], None]]
+NewClaim = Callable[..., Claim]
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +57,11 @@ def two(url: str, tmp_path: Path) -> tuple[Results, Results]:
     return open_results(url, tmp_path / "one"), open_results(url, tmp_path / "two")
 
 
-def test_one_writes_and_the_other_reads(two: tuple[Results, Results]) -> None:
+def test_one_writes_and_the_other_reads(
+    two: tuple[Results, Results], new_claim: NewClaim, saving: Saving
+) -> None:
     here, there = two
-    result = here.write(_claim(3), _saving(b"video"), {"frames": 5})
+    result = here.write(new_claim(3), saving(b"video"), {"frames": 5})
     assert (result.bytes, result.facts) == (5, {"frames": 5})
     for results in two:
         assert results.path(result.name).read_bytes() == b"video"
@@ -79,28 +72,30 @@ def test_one_writes_and_the_other_reads(two: tuple[Results, Results]) -> None:
         there.path("../secret")
 
 
-def test_sweeping_leaves_the_young_to_their_commit(two: tuple[Results, Results]) -> None:
+def test_sweeping_leaves_the_young_to_their_commit(
+    two: tuple[Results, Results], new_claim: NewClaim, saving: Saving
+) -> None:
     here, there = two
-    kept, orphan = (here.write(_claim(), _saving(b"x")) for _ in range(2))
+    kept, orphan = (here.write(new_claim(), saving(b"x")) for _ in range(2))
     assert there.sweep(lambda: {kept.name}, older_than_s=60) == []
     time.sleep(1.1)  # S3 dates objects to the second
     assert there.sweep(lambda: {kept.name}) == [orphan.name]
     assert there.path(kept.name).read_bytes() == b"x"
 
 
-def test_a_failed_write_stores_nothing(bucket: str, tmp_path: Path) -> None:
+def test_a_failed_write_stores_nothing(bucket: str, tmp_path: Path, new_claim: NewClaim) -> None:
     def save(path: Path) -> None:
         path.write_bytes(b"half")
         raise OSError("disk full")
 
     results = open_results(bucket, tmp_path)
     with pytest.raises(OSError, match="disk full"):
-        results.write(_claim(), save)
+        results.write(new_claim(), save)
     assert list(tmp_path.iterdir()) == []
     assert results.sweep(set) == []
 
 
-def test_copies_are_bounded(tmp_path: Path) -> None:
+def test_copies_are_bounded(tmp_path: Path, new_claim: NewClaim, saving: Saving) -> None:
     """What was used longest ago goes; what is asked for again is fetched again."""
     import fsspec
 
@@ -109,13 +104,13 @@ def test_copies_are_bounded(tmp_path: Path) -> None:
     results = SharedResults(files, str(tmp_path / "store"), tmp_path / "copies", kept_bytes=25)
     names = []
     for age_s in (30, 20, 10):
-        names.append(results.write(_claim(), _saving(b"0123456789")).name)
+        names.append(results.write(new_claim(), saving(b"0123456789")).name)
         used_s = time.time() - age_s
         os.utime(tmp_path / "copies" / names[-1], (used_s, used_s))
     assert {file.name for file in (tmp_path / "copies").iterdir()} == set(names[1:])
     assert results.path(names[0]).read_bytes() == b"0123456789"
     assert {file.name for file in (tmp_path / "copies").iterdir()} == {names[0], names[2]}
-    large = results.write(_claim(), _saving(bytes(100)))
+    large = results.write(new_claim(), saving(bytes(100)))
     assert [file.name for file in (tmp_path / "copies").iterdir()] == [large.name]
 
 
