@@ -62,9 +62,9 @@ def targets_of(makefile: str) -> set[str]:
 
 def program_words(recipe: str) -> list[str]:
     """Of the one line of a recipe, as make prints it, that calls our program: what follows its name."""
-    lines = [shlex.split(line) for line in recipe.splitlines()]
-    (words,) = [words for words in lines if words and Path(words[0]).name == "proteus-deploy"]
-    return words[1:]
+    # The others, which set the environment up where it is out of date, may hold quotes over several lines.
+    (line,) = [line for line in recipe.splitlines() if re.match(r"\S*/proteus-deploy\s", line)]
+    return shlex.split(line)[1:]
 
 
 def _run_program(words: list[str], folder: Path, where: str) -> None:
@@ -174,8 +174,5 @@ def test_makefile_reader() -> None:
         "demo",
         "test",
     }
-    assert program_words("python -m venv .venv\n.venv/bin/proteus-deploy demo --output-dir demo\n") == [
-        "demo",
-        "--output-dir",
-        "demo",
-    ]
+    printed = "python -c 'a \\\n\tb'\npip install x\n.venv/bin/proteus-deploy demo --output-dir demo\n"
+    assert program_words(printed) == ["demo", "--output-dir", "demo"]
