@@ -35,8 +35,8 @@ _STEPS, _LONG_STEPS, _MAX_WAIT_S = 4, 50, 20
 _UNLOADED_GETS, _SAMPLE_S = 300, 2.0
 _TRIES, _OFFER_S = 5, 0.25
 _PAGE_BYTES = 4096
-# What the second half may have above the second quarter: noise of allocators (a worker of the tiny model goes up
-# and down by 100 MiB), two files of requests at hand.
+# What the second half may have above the second quarter: noise of allocators (a worker of the tiny model goes
+# up and down by 100 MiB), two files of requests at hand.
 _GROWTH = {"web_bytes": 4 << 20, "worker_bytes": 32 << 20, "web_files": 2, "worker_files": 2}
 
 
