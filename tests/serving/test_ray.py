@@ -164,7 +164,12 @@ def test_the_example(
     command = [*program, new_postgresql(), f"file://{tmp_path}/results", port]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
-            command, cwd=tmp_path, env=os.environ | WITHOUT_TOKEN, stdout=log, stderr=log
+            command,
+            cwd=tmp_path,
+            env=os.environ | WITHOUT_TOKEN,
+            stdout=log,
+            stderr=log,
+            preexec_fn=_hear_ctrl_c,
         )
     try:
         deadline_s = time.monotonic() + PATIENCE_S
@@ -180,6 +185,11 @@ def test_the_example(
         finally:
             process.kill()
             process.wait()
+
+
+def _hear_ctrl_c() -> None:
+    """Tests that a shell runs in the background ignore SIGINT, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _answers(url: str) -> bool:
