@@ -155,6 +155,7 @@ def test_two_replicas_survive_the_killing_of_one(
 @needs_ray
 @pytest.mark.alone
 @pytest.mark.slow
+@pytest.mark.usefixtures("heard_ctrl_c")
 def test_the_example(
     new_postgresql: Callable[[], str], replicas: Replicas, repository: Path, tmp_path: Path
 ) -> None:
@@ -169,7 +170,6 @@ def test_the_example(
             env=os.environ | WITHOUT_TOKEN,
             stdout=log,
             stderr=log,
-            preexec_fn=_hear_ctrl_c,
         )
     try:
         deadline_s = time.monotonic() + PATIENCE_S
@@ -187,9 +187,12 @@ def test_the_example(
             process.wait()
 
 
-def _hear_ctrl_c() -> None:
-    """Tests that a shell runs in the background ignore SIGINT, and so would what they start."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+@pytest.fixture
+def heard_ctrl_c() -> Iterator[None]:
+    """Tests that a shell runs in the background ignore SIGINT, and so would the programs that they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def _answers(url: str) -> bool:
