@@ -30,7 +30,7 @@ def test_good_bundle(parity_bundle: Path, tmp_path: Path, capsys: pytest.Capture
     assert "verify onnxruntime: done" in output.err
     document = json.loads((tmp_path / "new/report.json").read_text())
     assert document["passed"]
-    assert (tmp_path / "report.md").read_text().startswith("# Verification of bundle (fp32)")
+    assert (tmp_path / "report.md").read_text().startswith(f"# Verification of {parity_bundle.name} (fp32)")
 
 
 def test_past_a_tolerance(parity_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,9 +141,11 @@ def test_people_plans_comparing_and_cancelling(browser: Any, server: Server, pho
     page.get_by_label("Plan (JSON)").fill(PLAN)
     make = page.get_by_role("button", name="Make the video")
     make.click()
+    playwright.expect(visitor.card()).to_contain_text("seed 5")  # the newest card, not an earlier test's
     assert "under a plan" in visitor.finished().inner_text()
     visitor.card().get_by_role("button", name="Make the exact one too").click()
     playwright.expect(visitor.card(1).get_by_text("under a plan")).to_be_visible()
+    playwright.expect(visitor.card().get_by_text("under a plan")).to_have_count(0)
     visitor.finished()
     for index in (0, 1):
         visitor.card(index).get_by_role("button", name="Compare").click()
