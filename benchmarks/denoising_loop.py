@@ -13,7 +13,7 @@ P identity-prompt tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,6 +63,7 @@ class LoopInputs:
     text: Tensor
     image: Tensor
     noise: Tensor
+    adapters: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -165,6 +166,10 @@ class _Exact:
 
     def face_tokens(self, index: int, rows: int) -> Tensor:  # noqa: ARG002 - one identity serves all rows
         return self._tokens[index : index + 1]
+
+    def adapters(self, timestep: int, rows: int) -> Mapping[str, Tensor]:  # noqa: ARG002 - as the loop asks
+        """What the loop was given for every step; without any, a bundle with room for adapters idles."""
+        return self._inputs.adapters
 
     def _fuse(self) -> tuple[Tensor, Tensor | None]:
         """(text of the denoiser, fused tokens): MIF."""

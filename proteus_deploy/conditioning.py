@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from proteus_deploy.adapters.inputs import AdapterInputs, stack_adapters
 from proteus_deploy.cached_stages import CachedStages
 from proteus_deploy.errors import InputError
 from proteus_deploy.identity.features import IdentityFeatures
@@ -45,6 +46,7 @@ class Condition:
     gate: Tensor
     generators: list[torch.Generator]
     schedules: tuple[Tensor, ...]  # per video: face tokens of all timesteps, [T, Q, d_face]
+    adapter_inputs: AdapterInputs | None = None
 
     def face_tokens(self, index: int, rows: int) -> Tensor:
         """Face tokens of step `index`: [1, Q, d] for one video, else one of each row, B or 2B."""
@@ -52,6 +54,10 @@ class Condition:
         if len(self.schedules) == 1:
             return tokens
         return tokens.repeat(rows // len(self.schedules), 1, 1)
+
+    def adapters(self, timestep: int, rows: int) -> dict[str, Tensor]:
+        """The denoiser's inputs of the videos' adapters; empty where no video has one."""
+        return {} if self.adapter_inputs is None else self.adapter_inputs.at(timestep, rows)
 
 
 class Conditioner:
@@ -119,6 +125,12 @@ class Conditioner:
             gate=torch.tensor([requests[0].identity_scale], dtype=torch.float32),
             generators=generators,
             schedules=schedules,
+            adapter_inputs=stack_adapters(
+                [request.adapters for request in requests],
+                self._config.backbone,
+                self._backend.dtype,
+                self._backend.device,
+            ),
         )
 
     def read_photo(self, photo: Photo, face_index: int | None) -> tuple[IdentityFeatures, Any]:

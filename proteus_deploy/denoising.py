@@ -40,6 +40,9 @@ class StepCondition(Protocol):
     def face_tokens(self, index: int, rows: int) -> Tensor:
         """Of step `index`: [1 or rows, Q, d_face]."""
 
+    def adapters(self, timestep: int, rows: int) -> Mapping[str, Tensor]:
+        """The denoiser's inputs of adapters at a timestep, of 1 or `rows` rows; empty without adapters."""
+
 
 @dataclass(frozen=True, eq=False)
 class StepResult:
@@ -80,6 +83,7 @@ def denoising_steps(
                 timestep=torch.full((len(rows),), timestep, device=rows.device),
                 face_tokens=condition.face_tokens(index, len(rows)),
                 identity_gate=condition.gate * step.gate,
+                **condition.adapters(timestep, len(rows)),
             )["velocity"]
             policy.keep(step, velocity.float())
         guided = policy.velocity(scale_at(index, timestep))

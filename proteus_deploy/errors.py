@@ -4,6 +4,7 @@
     ├── InputError          the request, file or flag is wrong          exit code 2
     │   ├── CheckpointError     a checkpoint folder or weight file
     │   ├── BundleError         an exported bundle: manifest, file, version
+    │   ├── AdapterError        a low-rank adapter: file, shapes, another base
     │   ├── PhotoError          a reference photo: unreadable, no face, …
     │   └── BackendError        a backend, package or device that is not here
     ├── CheckFailed         a comparison or a quality gate said no      exit code 1
@@ -16,6 +17,7 @@ A message names the value found, the rule it breaks and the way out.
 from __future__ import annotations
 
 __all__ = [
+    "AdapterError",
     "BackendError",
     "BundleError",
     "Cancelled",
@@ -46,6 +48,10 @@ class CheckpointError(InputError):
 
 class BundleError(InputError):
     """A bundle is incomplete, altered, from another version, or not a bundle."""
+
+
+class AdapterError(InputError):
+    """A low-rank adapter is unreadable, broken, for another model, or larger than a bundle takes."""
 
 
 class PhotoError(InputError):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from proteus_deploy.process_groups import check_process_group, check_same
+from proteus_deploy.runtime.backend import ONE_FOR_ALL
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["use_guidance_parallel"]
 
-_PER_ROW = ("latents", "text", "timestep", "face_tokens")
+_PER_ROW = ("latents", "text", "timestep", *ONE_FOR_ALL)
 
 
 def use_guidance_parallel(pipeline: Pipeline, group: ProcessGroup | None = None) -> None:
@@ -56,7 +57,7 @@ class _SharedDenoiser:
             return {"velocity": whole}
         share = rows // processes
         first = torch.distributed.get_rank(self._group) * share
-        # Face tokens of one identity are one row, which stands for all.
+        # Face tokens of one identity, and adapters of one video, are one row, which stands for all.
         own = {
             name: value[first : first + share] if name in _PER_ROW and len(value) == rows else value
             for name, value in inputs.items()

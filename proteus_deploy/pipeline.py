@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Never, Self
 import torch
 from torch import Tensor
 
+from proteus_deploy.adapters.inputs import check_adapters
 from proteus_deploy.bundle import Bundle
 from proteus_deploy.cached_stages import CachedStages
 from proteus_deploy.checkpoint import Checkpoint
@@ -108,11 +109,13 @@ class Pipeline:
         low_memory: bool = False,
         cache: StageCache | None = None,
         weights: Callable[[], str] | None = None,
+        base: Callable[[], str] | None = None,
     ) -> None:
         """low_memory: networks are loaded for their part of a request and released after it, so that no more
         than the denoiser is there of the stages while it runs; every request loads (and compiles) them again.
         cache: None, or where results of text and identity stages are kept (stage_cache.py); weights() is then
         the hash of the weights, by which it tells networks apart.
+        base: the hash of the checkpoint, by which adapters know theirs; None takes all that fit.
         """
         self.backend = backend
         self.config = config
@@ -125,6 +128,7 @@ class Pipeline:
         self._vae = vae
         self._scheduler = scheduler
         self._low_memory = low_memory
+        self._base = base
         if cache is not None and weights is None:
             raise InputError(
                 "cache is given and weights isn't; use from_checkpoint or from_bundle, which know them, or "
@@ -180,6 +184,7 @@ class Pipeline:
             low_memory=low_memory,
             cache=cache,
             weights=lambda: checkpoint.hash + ("" if quantize is None else f" {quantize.hash}"),
+            base=lambda: checkpoint.hash,
         )
 
     @classmethod
@@ -213,6 +218,7 @@ class Pipeline:
             low_memory=low_memory,
             cache=cache,
             weights=lambda: bundle.hash,
+            base=lambda: str(bundle.manifest["checkpoint"]["hash"]),
         )
 
     def __enter__(self) -> Self:
@@ -293,6 +299,8 @@ class Pipeline:
         shared = _common_settings(resolved)
         if self.backend.checks_ranges:
             check_ranges(shared, len(resolved), self.backend.table, self.config.backbone)
+        for request in resolved:
+            self._check_adapters(request)
         watch.check()
         stepper = Stepper(self._scheduler, shared.scheduler, shared.num_inference_steps)
         policy = PlanRun(shared.plan, stepper.timesteps.tolist(), guided=shared.guided)
@@ -349,6 +357,12 @@ class Pipeline:
             for graph in self.backend.table.graphs:
                 if graph.stage != stage:
                     self.backend.release(graph.name)
+
+    def _check_adapters(self, request: GenerateRequest) -> None:
+        check_adapters(request.adapters, self.backend.table, self.config.backbone)
+        for use in request.adapters:
+            if use.adapter.base is not None and self._base is not None:
+                use.adapter.check_base(self._base())
 
     def _refuse_broken_latents(self, index: int, total: int) -> Never:
         raise ComputationError(

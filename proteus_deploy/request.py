@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from proteus_deploy.adapters.adapter import AdapterUse
 from proteus_deploy.errors import InputError
 from proteus_deploy.model.config import TransformerConfig, shortened
 from proteus_deploy.policies.plan import Plan
@@ -44,6 +46,7 @@ class GenerateRequest:
     seed: None draws one and records it; 0 is a seed like any other.
     scheduler: None takes the checkpoint's.
     plan: what may be left out of the loop (docs/policies.md); None computes everything.
+    adapters: a person's, styles, or several at once (docs/adapters.md).
     """
 
     prompt: str
@@ -67,6 +70,7 @@ class GenerateRequest:
     max_identity_length: int | None = None
     identity_scale: float | None = None
     plan: Plan | None = None
+    adapters: tuple[AdapterUse, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -79,10 +83,12 @@ class GenerateRequest:
         document["photo"] = str(self.photo) if isinstance(self.photo, str | Path) else None
         if self.plan is not None:
             document["plan"] = self.plan.to_json()
+        if self.adapters:
+            document["adapters"] = [use.to_json() for use in self.adapters]
         return document
 
 
-_NOT_JSON = {"photo", "identity", "condition_image", "plan", "metadata"}
+_NOT_JSON = {"photo", "identity", "condition_image", "plan", "adapters", "metadata"}
 
 
 def resolve_request(request: GenerateRequest, config: TransformerConfig) -> GenerateRequest:
@@ -114,6 +120,7 @@ def resolve_request(request: GenerateRequest, config: TransformerConfig) -> Gene
     _check_numbers(filled)
     _check_size(filled, config)
     _check_plan(filled)
+    filled = replace(filled, adapters=_checked_adapters(filled.adapters))
     _warn_of_extra_frames(filled, config)
     return filled
 
@@ -313,6 +320,15 @@ def _check_plan(request: GenerateRequest) -> None:
             f"plan is {shortened(plan)}; pass a Plan (policies.plan_from_json makes one), or None"
         )
     plan.check(steps=request.num_inference_steps, guided=request.guided)
+
+
+def _checked_adapters(adapters: Any) -> tuple[AdapterUse, ...]:
+    if isinstance(adapters, str) or not isinstance(adapters, Sequence):
+        raise InputError(f"adapters is {shortened(adapters)}; pass a tuple of AdapterUse(adapter, scale)")
+    for use in adapters:
+        if not isinstance(use, AdapterUse):
+            raise InputError(f"adapters holds {shortened(use)}; pass AdapterUse(read_adapter(file), scale)")
+    return tuple(adapters)
 
 
 def _warn_of_extra_frames(request: GenerateRequest, config: TransformerConfig) -> None:

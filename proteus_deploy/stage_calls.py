@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from proteus_deploy.adapters.inputs import ADAPTER_INPUTS, idle_adapters
 from proteus_deploy.errors import InputError
 from proteus_deploy.model.config import TransformerConfig
 from proteus_deploy.model.transformer import rotary_tables
-from proteus_deploy.runtime.backend import bind_sizes
+from proteus_deploy.runtime.backend import ONE_FOR_ALL, bind_sizes
 from proteus_deploy.stages import Graph
 from proteus_deploy.vae_decode import Tiling, decode
 
@@ -48,7 +49,8 @@ class DenoiserStage(Stage):
     """latents, text, timestep, face_tokens -> velocity.
 
     The gate (default: the checkpoint's `local_face_scale`) and the rotary tables (from the latents'
-    shape) are filled in when they are not passed.
+    shape) are filled in when they are not passed; so are adapters that change nothing, where the graph must
+    have some.
     """
 
     def __init__(self, backend: Backend, config: TransformerConfig) -> None:
@@ -64,13 +66,18 @@ class DenoiserStage(Stage):
             if "latents" not in inputs or inputs["latents"].ndim != 5:
                 raise InputError("denoiser: latents [B, F, C, h, w] are needed to make the rotary tables")
             inputs["rotary_cos"], inputs["rotary_sin"] = self._rotary(inputs["latents"])
-        if (
-            "face_tokens" in inputs
-            and self.backend.table.graph("denoiser").input("face_tokens").axes[0] == "B"
-        ):
-            tokens = inputs["face_tokens"]
-            if tokens.shape[:1] == (1,) and tokens.ndim == 3 and "latents" in inputs:
-                inputs["face_tokens"] = tokens.expand(inputs["latents"].shape[0], -1, -1)
+        graph = self.backend.table.graph("denoiser")
+        first = ADAPTER_INPUTS[0]
+        if first not in inputs and first in self.inputs and not graph.input(first).optional:
+            inputs |= idle_adapters(graph, self.backend.dtype, self.backend.device)
+        rows = inputs["latents"].shape[0] if "latents" in inputs and inputs["latents"].ndim else 1
+        for name in ONE_FOR_ALL:
+            value = inputs.get(name)
+            if value is None or value.shape[:1] != (1,):
+                continue
+            axes = graph.input(name).axes
+            if axes[0] == "B" and value.ndim == len(axes):
+                inputs[name] = value.expand(rows, *[-1] * (value.ndim - 1))
         return super().__call__(**inputs)
 
     def _rotary(self, latents: Tensor) -> tuple[Tensor, Tensor]:

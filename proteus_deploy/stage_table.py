@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from proteus_deploy.errors import InputError
 from proteus_deploy.model.config import BackboneConfig, TransformerConfig
+from proteus_deploy.model.low_rank import PROJECTIONS
 from proteus_deploy.model.networks import cache_layout, vae_on_meta
 from proteus_deploy.stages import Axis, AxisRange, Graph, StageTable, TensorSpec
 
@@ -21,6 +22,7 @@ _MAX_TIMESTEPS_PER_CALL = 50
 # CogVideoX 1.5 stores an upper bound of the rotary grid as its sample size; this is its published video size.
 _SIZE_OF_1_5 = (96, 170)
 _MIN_SIDE = 4  # latent pixels: two tokens
+_MOST_LORA_RANK = 512
 # The number of image tokens belongs to the image tower; this holds for checkpoints that come without one.
 _PUBLISHED_IMAGE_TOKENS = AxisRange(1, 577, 577)
 
@@ -31,12 +33,14 @@ class ExportRanges:
 
     Defaults: height and width up to the longer side of the sample size (portrait and landscape), twice
     the sample's frames, one video under guidance (batch 2). Units: pixels and frames.
+    max_lora_rank: of all adapters of a video together; 0 for a bundle without inputs for them.
     """
 
     max_height: int | None = None
     max_width: int | None = None
     max_num_frames: int | None = None
     max_videos: int = 1
+    max_lora_rank: int = 0
 
 
 def sample_size(config: BackboneConfig) -> tuple[int, int, int]:
@@ -65,20 +69,37 @@ def fixed_size(config: BackboneConfig) -> bool:
     return config.learned_positions or not config.rotary
 
 
-def build_stage_table(checkpoint: Checkpoint, ranges: ExportRanges | None = None) -> StageTable:
-    """All graphs of a checkpoint. Raises InputError when a range is out of bounds."""
+def build_stage_table(
+    checkpoint: Checkpoint, ranges: ExportRanges | None = None, *, optional_adapters: bool = False
+) -> StageTable:
+    """All graphs of a checkpoint. optional_adapters: of any rank, in place of `max_lora_rank`, for PyTorch.
+
+    Raises InputError when a range is out of bounds.
+    """
     config, ranges = checkpoint.transformer, ranges or ExportRanges()
     if ranges.max_videos < 1:
         raise InputError(f"max_videos is {ranges.max_videos}; it must be at least 1")
     if ranges.max_num_frames is not None and ranges.max_num_frames < 1:
         raise InputError(f"--max-num-frames is {ranges.max_num_frames}; it must be at least 1")
+    if not 0 <= ranges.max_lora_rank <= _MOST_LORA_RANK:
+        raise InputError(f"--max-lora-rank is {ranges.max_lora_rank}; it must be 0 to {_MOST_LORA_RANK}")
+    if ranges.max_lora_rank and not config.backbone.rotary:
+        raise InputError(
+            f"--max-lora-rank is {ranges.max_lora_rank}, but this denoiser has no rotary positions; adapters "
+            "are for those that have: leave it out"
+        )
+    adapters = _adapters(config, several=ranges.max_videos > 1, optional=optional_adapters)
+    with_adapters = config.backbone.rotary and (optional_adapters or ranges.max_lora_rank)
     graphs = [
         _text_encoder(checkpoint),
         *_identity_graphs(config),
-        _denoiser(config, several=ranges.max_videos > 1),
+        _denoiser(config, adapters if with_adapters else (), several=ranges.max_videos > 1),
         *_vae_graphs(checkpoint),
     ]
     axes = _axes(config, ranges)
+    if with_adapters:
+        most = ranges.max_lora_rank or _MOST_LORA_RANK
+        axes["R"] = AxisRange(1, most, most)
     if checkpoint.face_encoder is not None:
         from proteus_deploy.identity.networks import face_graphs, image_tokens
 
@@ -210,7 +231,19 @@ def _identity_graphs(config: TransformerConfig) -> list[Graph]:
     ]
 
 
-def _denoiser(config: TransformerConfig, *, several: bool) -> Graph:
+def _adapters(config: TransformerConfig, *, several: bool, optional: bool) -> tuple[TensorSpec, ...]:
+    """Inputs of `model.low_rank.BlockAdapters`, one row for one video or one of each row."""
+    backbone = config.backbone
+    rows = "B" if several else 1
+    factors: tuple[Axis, ...] = (rows, backbone.num_layers, len(PROJECTIONS), "R", backbone.width)
+    return (
+        TensorSpec("adapter_down", factors, optional=optional),
+        TensorSpec("adapter_up", factors, optional=optional),
+        TensorSpec("adapter_scale", (rows, "R"), "float32", "unit", optional=optional),
+    )
+
+
+def _denoiser(config: TransformerConfig, adapters: tuple[TensorSpec, ...], *, several: bool) -> Graph:
     backbone = config.backbone
     identities = "B" if several else 1  # one identity is broadcast over the guidance pair
     frames = _multiple(backbone.patch_size_t or 1, "f")
@@ -229,7 +262,7 @@ def _denoiser(config: TransformerConfig, *, several: bool) -> Graph:
             TensorSpec("rotary_sin", table, "float32", "sin"),
         ]
     velocity = TensorSpec("velocity", ("B", frames, backbone.out_channels, rows, columns))
-    return Graph("denoiser", "denoiser", tuple(inputs), (velocity,))
+    return Graph("denoiser", "denoiser", (*inputs, *adapters), (velocity,))
 
 
 def _vae_graphs(checkpoint: Checkpoint) -> list[Graph]:

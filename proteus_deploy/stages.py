@@ -6,8 +6,8 @@ multiple of a symbol ("2y"); a StageTable gives each symbol its range. Sample in
 axes, TensorRT profiles, request validation and benchmark shapes all come from this table.
 
 Symbols: B batch (2 under guidance), I identities, N tokens given to the text encoder, L text tokens
-given to the denoiser, P identity-prompt tokens, M image tokens, T timesteps, f token frames, y and x
-token rows and columns, h and w latent rows and columns.
+given to the denoiser, P identity-prompt tokens, M image tokens, R rank of adapters, T timesteps, f token
+frames, y and x token rows and columns, h and w latent rows and columns.
 """
 
 from __future__ import annotations
@@ -49,13 +49,22 @@ class AxisRange:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output. dtype "float" means the precision that the stage was exported in."""
+    """One input or output. dtype "float" means the precision that the stage was exported in.
+
+    optional: an input that may be left out, in PyTorch; a graph in a file has none, so JSON doesn't say it.
+    """
 
     name: str
     axes: tuple[Axis, ...]
     dtype: DType = "float"
     fill: Fill = "normal"
     high: int = 0  # exclusive upper bound of integer fills
+    optional: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        document = asdict(self)
+        del document["optional"]
+        return document
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Concrete shape for the given symbol values."""
@@ -68,6 +77,14 @@ class Graph:
     stage: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "stage": self.stage,
+            "inputs": [spec.to_json() for spec in self.inputs],
+            "outputs": [spec.to_json() for spec in self.outputs],
+        }
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -135,7 +152,7 @@ class StageTable:
     def to_json(self) -> dict[str, Any]:
         return {
             "axes": {symbol: asdict(bounds) for symbol, bounds in self.axes.items()},
-            "graphs": [asdict(graph) for graph in self.graphs],
+            "graphs": [graph.to_json() for graph in self.graphs],
         }
 
     @classmethod
@@ -160,6 +177,7 @@ AXIS_MEANING = {
     "M": "image tokens",
     "N": "tokens given to the text encoder",
     "P": "identity-prompt tokens",
+    "R": "rank of adapters",
     "T": "timesteps",
     "f": "token frames",
     "y": "token rows (height / 16)",
@@ -288,6 +306,8 @@ def sample_inputs(graph: Graph, sizes: Mapping[str, int], *, seed: int = 0) -> d
     angles: dict[tuple[int, ...], torch.Tensor] = {}  # rotary tables share their angles
     inputs = {}
     for spec in graph.inputs:
+        if spec.optional:
+            continue
         shape = spec.shape(sizes)
         if spec.fill in ("cos", "sin"):
             if shape not in angles:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _MAX_JSON_BYTES = 32 << 20  # the largest published one, a shard index, is far below
 _MOST_THREADS = 16
-_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
 class WeightSource(Protocol):
@@ -128,7 +128,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     files = tuple(sorted(folder.glob("*.safetensors")))
     if files:
         return files
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLE_SUFFIXES)
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise CheckpointError(
             f"{folder} holds its weights as a pickle ({', '.join(pickles)}); a pickle can run code when "

@@ -31,6 +31,7 @@ _OF_THE_EXPORT = (
     "max_width",
     "max_num_frames",
     "max_videos",
+    "max_lora_rank",
     "reference",
     "identity_plugin",
     "quantize",
@@ -57,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-num-frames", type=int, metavar="N", help="longest video to serve (twice the sample's)"
     )
     parser.add_argument("--max-videos", type=int, metavar="N", help="videos in one batch (1)")
+    parser.add_argument(
+        "--max-lora-rank",
+        type=int,
+        metavar="R",
+        help="leave room for adapters whose ranks sum to R (0: none); see docs/adapters.md",
+    )
     parser.add_argument(
         "--reference",
         choices=("auto", "video", "stages", "none"),
@@ -161,6 +168,7 @@ def _export(arguments: argparse.Namespace) -> Bundle:
         arguments.max_width,
         arguments.max_num_frames,
         1 if arguments.max_videos is None else arguments.max_videos,
+        arguments.max_lora_rank or 0,
     )
     with PhaseProgress() as report:
         return export_bundle(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proteus_deploy._files import check_writable
+from proteus_deploy.cli.adapter_flags import adapters_of, add_adapter_argument
 from proteus_deploy.cli.output import print_json, print_table
 from proteus_deploy.cli.paths import kind_of, open_bundle
 from proteus_deploy.cli.quantize_flags import add_quantize_arguments, quantizer_of
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="checkpoint only: of the denoiser, docs/generate.md (default: torch)",
     )
+    add_adapter_argument(parser)
     add_quantize_arguments(parser)
     parser.add_argument("--vae-tiling", action="store_true", help="decode in tiles: less memory, more time")
     parser.add_argument(
@@ -179,6 +181,7 @@ def _request(arguments: argparse.Namespace) -> GenerateRequest:
         seed=arguments.seed,
         scheduler=arguments.scheduler,
         plan=read_plan(arguments.plan) if arguments.plan is not None else None,
+        adapters=adapters_of(arguments.adapter),
     )
 
 

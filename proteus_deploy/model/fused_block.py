@@ -13,6 +13,7 @@ from proteus_deploy.kernels.joint_attention import Attention, attention
 from proteus_deploy.kernels.modulated_norm import fused_modulated_norm
 from proteus_deploy.kernels.qk_norm_rotary import fused_qk_norm_rotary
 from proteus_deploy.model.config import BackboneConfig
+from proteus_deploy.model.low_rank import LowRank
 from proteus_deploy.model.transformer import Block, JointAttention, Rotary
 
 
@@ -24,7 +25,12 @@ class FusedBlock(Block):
         self.attn1 = FusedAttention(config, attention)
 
     def forward(
-        self, text: Tensor, video: Tensor, time: Tensor, rotary: Rotary | None
+        self,
+        text: Tensor,
+        video: Tensor,
+        time: Tensor,
+        rotary: Rotary | None,
+        adapter: LowRank | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `Block.forward`."""
         first, second = self.norm1.vectors(time), self.norm2.vectors(time)
@@ -43,7 +49,7 @@ class FusedBlock(Block):
         text, video, normed = fused_gated_residual_norm(
             text,
             video,
-            self.attn1(normed, rotary),
+            self.attn1(normed, rotary, adapter),
             text_gate=first.text_gate,
             video_gate=first.video_gate,
             text_shift=second.text_shift,

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from proteus_deploy.kernels.joint_attention import Attention
 from proteus_deploy.model.config import BackboneConfig, TransformerConfig
 from proteus_deploy.model.fused_block import FusedAttention
+from proteus_deploy.model.low_rank import BlockAdapters, LowRank
 from proteus_deploy.model.networks import fill_computed_buffers
 from proteus_deploy.model.transformer import Denoiser, JointAttention, Rotary
 
@@ -99,12 +100,12 @@ class SequenceParallelAttention(JointAttention):
         super().__init__(config, attention)
         self.shares = shares
 
-    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, adapter: LowRank | None = None) -> Tensor:
         """x [B, s, d], rotary tables of all S tokens -> [B, s, d]."""
-        projected = [to(x).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v)]
+        projected = [each.unflatten(-1, (self.heads, -1)) for each in self.project(x, adapter)]
         query, key, value = self.shares.to_heads(torch.stack(projected))
         query, key = self.place(query, key, rotary)
-        return self.to_out[0](self.shares.to_tokens(self.attention(query, key, value)))  # type: ignore[no-any-return]
+        return self.merge(self.shares.to_tokens(self.attention(query, key, value)), adapter)
 
 
 class _FusedSequenceParallelAttention(SequenceParallelAttention, FusedAttention):
@@ -137,8 +138,9 @@ class SequenceParallelDenoiser(Denoiser):
         rotary: Rotary | None,
         face_tokens: Tensor,
         identity_gate: Tensor,
+        adapters: BlockAdapters | None = None,
     ) -> Tensor:
         """As `Denoiser.denoise_tokens`: all tokens in (embedding them is little work), all patches out."""
         text, video = self.shares.divide(text, video)
-        patches = super().denoise_tokens(text, video, time, rotary, face_tokens, identity_gate)
+        patches = super().denoise_tokens(text, video, time, rotary, face_tokens, identity_gate, adapters)
         return self.shares.gather_video(patches)

@@ -7,6 +7,7 @@ Sources: CogVideoX (arXiv 2408.06072) and its 1.5 release (`patch_size_t`, `ofs_
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from proteus_deploy.kernels.joint_attention import Attention, attention, modulat
 from proteus_deploy.model.config import BackboneConfig, TransformerConfig
 from proteus_deploy.model.identity_attention import IdentityAttention, IdentityForm
 from proteus_deploy.model.layers import SinusoidTable, TimestepMLP
+from proteus_deploy.model.low_rank import BlockAdapters, LowRank
 
 OFS = 2  # the one value that CogVideoX 1.5's pipelines ever pass for the `ofs` input
 _QK_NORM_EPS = 1e-6
@@ -73,19 +75,26 @@ class Denoiser(nn.Module):
         identity_gate: Tensor,
         rotary_cos: Tensor | None = None,
         rotary_sin: Tensor | None = None,
+        adapter_down: Tensor | None = None,
+        adapter_up: Tensor | None = None,
+        adapter_scale: Tensor | None = None,
     ) -> Tensor:
         """Velocity [B, F, out_channels, h, w] of one denoising step.
 
         latents [B, F, in_channels, h, w] (noisy and condition side by side), text [B, L, d_text] with the
         fused tokens in front, timestep [B] int64, face_tokens [B or 1, Q, d_face], identity_gate [1]
-        float32, rotary tables [f, y, x, D] float32 over the token grid (None without rotary embedding).
+        float32, rotary tables [f, y, x, D] float32 over the token grid (None without rotary embedding),
+        adapters as in `BlockAdapters` (None where there are none).
         """
         time = self.time_vector(timestep, latents.dtype)
         text, video = self.patch_embed(text, latents)
         rotary = None
         if rotary_cos is not None and rotary_sin is not None:
             rotary = pad_rotary(rotary_cos, rotary_sin, text.shape[1])
-        patches = self.denoise_tokens(text, video, time, rotary, face_tokens, identity_gate)
+        adapters = None
+        if adapter_down is not None and adapter_up is not None and adapter_scale is not None:
+            adapters = BlockAdapters(adapter_down, adapter_up, adapter_scale)
+        patches = self.denoise_tokens(text, video, time, rotary, face_tokens, identity_gate, adapters)
         return self.unpatchify(patches, latents)
 
     def denoise_tokens(
@@ -96,10 +105,12 @@ class Denoiser(nn.Module):
         rotary: Rotary | None,
         face_tokens: Tensor,
         identity_gate: Tensor,
+        adapters: BlockAdapters | None = None,
     ) -> Tensor:
         """Tokens [B, L, d] and [B, N, d] -> velocity patches [B, N, patch volume * out_channels]."""
         for index, block in enumerate(self.transformer_blocks):
-            text, video = block(text, video, time, rotary)
+            adapter = None if adapters is None else adapters.of(index)
+            text, video = block(text, video, time, rotary, adapter)
             if index % self.interval == 0:
                 identity = self.perceiver_cross_attention[index // self.interval]
                 video = identity(video, face_tokens, identity_gate)
@@ -134,11 +145,16 @@ class Block(nn.Module):
         self.ff = _FeedForward(config.width)
 
     def forward(
-        self, text: Tensor, video: Tensor, time: Tensor, rotary: Rotary | None
+        self,
+        text: Tensor,
+        video: Tensor,
+        time: Tensor,
+        rotary: Rotary | None,
+        adapter: LowRank | None = None,
     ) -> tuple[Tensor, Tensor]:
         length = text.shape[1]
         normed, text_gate, video_gate = self.norm1(text, video, time)
-        attended = self.attn1(normed, rotary)
+        attended = self.attn1(normed, rotary, adapter)
         text = text + text_gate * attended[:, :length]
         video = video + video_gate * attended[:, length:]
         normed, text_gate, video_gate = self.norm2(text, video, time)
@@ -195,12 +211,22 @@ class JointAttention(nn.Module):
         self.norm_k = nn.LayerNorm(config.attention_head_dim, _QK_NORM_EPS)
         self.to_out = nn.ModuleList((nn.Linear(width, width),))
 
-    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, adapter: LowRank | None = None) -> Tensor:
         query, key, value = (
-            to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v)
+            each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in self.project(x, adapter)
         )
         query, key = self.place(query, key, rotary)
-        return self.to_out[0](self.attention(query, key, value).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return self.merge(self.attention(query, key, value).transpose(1, 2).flatten(2), adapter)
+
+    def project(self, x: Tensor, adapter: LowRank | None) -> Iterator[Tensor]:
+        """Queries, keys and values [B, s, d] of tokens [B, s, d]."""
+        for which, to in enumerate((self.to_q, self.to_k, self.to_v)):
+            yield to(x) if adapter is None else to(x) + adapter.projection(x, which)
+
+    def merge(self, attended: Tensor, adapter: LowRank | None) -> Tensor:
+        """The heads' output [B, s, d] -> [B, s, d]."""
+        out: Tensor = self.to_out[0](attended)
+        return out if adapter is None else out + adapter.out(attended)
 
     def place(self, query: Tensor, key: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         """Norm queries and keys [B, H, S, D] and turn them to their positions."""

@@ -73,21 +73,27 @@ def refuse_custom_operators(bundle: Bundle, runtime: str) -> None:
         )
 
 
+# Inputs of which one row may stand for every row of the batch.
+ONE_FOR_ALL = ("face_tokens", "adapter_down", "adapter_up", "adapter_scale")
+
+
 def bind_sizes(graph: Graph, inputs: Mapping[str, Tensor], *, broadcast: bool = False) -> dict[str, int]:
     """Check names, ranks and shapes of `inputs` against the contract; return the symbols' values.
 
-    `broadcast` lets one identity stand for the whole batch, as PyTorch can.
+    `broadcast` lets one identity, and its adapters, stand for the whole batch, as PyTorch can.
     Raises InputError naming the input, its shape and the contract's axes.
     """
     expected = {spec.name for spec in graph.inputs}
-    if missing := expected - set(inputs):
+    if missing := {spec.name for spec in graph.inputs if not spec.optional} - set(inputs):
         raise InputError(f"{graph.name}: input {_names(missing)} is missing; inputs are {_contract(graph)}")
     if extra := set(inputs) - expected:
         raise InputError(f"{graph.name}: {_names(extra)} is not an input; inputs are {_contract(graph)}")
     sizes: dict[str, int] = {}
     for spec in graph.inputs:
+        if spec.optional and spec.name not in inputs:
+            continue
         shape = tuple(inputs[spec.name].shape)
-        if broadcast and spec.name == "face_tokens" and spec.axes[0] == "B" and shape[:1] == (1,):
+        if broadcast and spec.name in ONE_FOR_ALL and spec.axes[0] == "B" and shape[:1] == (1,):
             shape = (sizes.get("B", 1), *shape[1:])
         _bind_one(graph, spec, shape, sizes)
     return sizes

@@ -30,7 +30,7 @@ class CompiledNetwork:
         self._name = name
         self._cuda_graphs = cuda_graphs
         self._sealed = False
-        self._sizes: set[tuple[tuple[int, ...], ...]] = set()
+        self._sizes: set[tuple[tuple[int, ...] | None, ...]] = set()
         mode = "reduce-overhead" if cuda_graphs else None
         self._call = torch.compile(module, fullgraph=True, dynamic=False, mode=mode)
 
@@ -38,9 +38,12 @@ class CompiledNetwork:
         """From now on, sizes that this network was not compiled for are refused."""
         self._sealed = True
 
-    def __call__(self, sizes: Mapping[str, int], *inputs: Tensor) -> Any:
-        """sizes: the contract's symbols, for errors. Raises BackendError where these can't be compiled."""
-        key = tuple(tuple(tensor.shape) for tensor in inputs)
+    def __call__(self, sizes: Mapping[str, int], *inputs: Tensor | None) -> Any:
+        """sizes: the contract's symbols, for errors. None stands for an optional input that was left out.
+
+        Raises BackendError where these sizes can't be compiled.
+        """
+        key = tuple(None if tensor is None else tuple(tensor.shape) for tensor in inputs)
         if key not in self._sizes:
             self._check_room(sizes)
         # A limit of PyTorch's own counts the networks of a whole process; ours counts those of this one.

@@ -70,7 +70,8 @@ class EagerBackend:
             check_attention_runs_on(attention, self.device, dtype)
             self.name += f"-attention-{attention}"
         self.dtype = dtype
-        self.table = table or build_stage_table(checkpoint, ExportRanges(max_videos=_UNLIMITED_VIDEOS))
+        unlimited = ExportRanges(max_videos=_UNLIMITED_VIDEOS)
+        self.table = table or build_stage_table(checkpoint, unlimited, optional_adapters=True)
         self._factory = NetworkFactory(checkpoint, folded=folded, kernels=kernels, attention=attention)
         if cuda_graphs and not (compiled and self.device.type == "cuda"):
             raise BackendError(
@@ -180,7 +181,7 @@ class EagerGraph:
         """Raises InputError when names or shapes break the contract, BackendError for sizes that aren't
         compiled and can't be."""
         sizes = bind_sizes(self.graph, inputs, broadcast=True)
-        ordered = [inputs[spec.name] for spec in self.graph.inputs]
+        ordered = [inputs.get(spec.name) for spec in self.graph.inputs]  # None: optional, and left out
         outputs = self.module(*ordered) if self._compiled is None else self._compiled(sizes, *ordered)
         values = outputs if isinstance(outputs, tuple) else (outputs,)
         return {spec.name: value for spec, value in zip(self.graph.outputs, values, strict=True)}

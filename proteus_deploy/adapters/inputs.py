@@ -1,0 +1,112 @@
+"""The adapters of a batch as the denoiser's three inputs.
+
+Axes: B videos or rows, l blocks, r rank, d width. Adapters of one video stand side by side in the rank; where
+a video has fewer than others of its batch, zeros fill up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from proteus_deploy.adapters.adapter import AdapterUse, module_place
+from proteus_deploy.errors import AdapterError
+from proteus_deploy.model.config import BackboneConfig
+from proteus_deploy.model.low_rank import PROJECTIONS
+from proteus_deploy.stages import Graph, StageTable
+
+__all__ = ["ADAPTER_INPUTS", "AdapterInputs", "check_adapters", "idle_adapters", "stack_adapters"]
+
+ADAPTER_INPUTS = ("adapter_down", "adapter_up", "adapter_scale")
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterInputs:
+    """down and up [B, l, 4, r, d] of the videos of a batch. uses: of each video, as they lie in the rank."""
+
+    down: Tensor
+    up: Tensor
+    uses: tuple[tuple[AdapterUse, ...], ...]
+    _rows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def at(self, timestep: int, rows: int) -> dict[str, Tensor]:
+        """The inputs of a step: one row for one video, else one for each of `rows` (B or 2B)."""
+        scale = torch.tensor([self._scales(uses, timestep) for uses in self.uses], dtype=torch.float32)
+        repeats = 1 if len(self.uses) == 1 else rows // len(self.uses)
+        if repeats not in self._rows:
+            self._rows[repeats] = (self.down.repeat(repeats, 1, 1, 1, 1), self.up.repeat(repeats, 1, 1, 1, 1))
+        down, up = self._rows[repeats] if repeats > 1 else (self.down, self.up)
+        values = (down, up, scale.to(down.device).repeat(repeats, 1))
+        return dict(zip(ADAPTER_INPUTS, values, strict=True))
+
+    def _scales(self, uses: Sequence[AdapterUse], timestep: int) -> list[float]:
+        """One factor for each column of the rank: the scale where the adapter acts, else 0."""
+        scales: list[float] = []
+        for use in uses:
+            scales += [use.scale_at(timestep)] * use.adapter.rank
+        return scales + [0.0] * (self.down.shape[3] - len(scales))
+
+
+def stack_adapters(
+    videos: Sequence[Sequence[AdapterUse]],
+    config: BackboneConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> AdapterInputs | None:
+    """Of the videos of a batch; None where none has an adapter. Raises AdapterError for another model's."""
+    if not any(videos):
+        return None
+    for uses in videos:
+        for use in uses:
+            use.adapter.check(config)
+    rank = max(total_rank(uses) for uses in videos)
+    shape = (len(videos), config.num_layers, len(PROJECTIONS), rank, config.width)
+    down, up = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+    for row, uses in enumerate(videos):
+        first = 0
+        for use in uses:
+            for module, factors in use.adapter.factors.items():
+                block, which = module_place(module, use.adapter.name)
+                down[row, block, which, first : first + factors.rank] = factors.down.to(dtype)
+                up[row, block, which, first : first + factors.rank] = factors.up.mT.to(dtype)
+            first += use.adapter.rank
+    return AdapterInputs(down.to(device), up.to(device), tuple(tuple(uses) for uses in videos))
+
+
+def idle_adapters(graph: Graph, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Inputs that change nothing, of the smallest rank, for a graph that must have some."""
+    sizes = {axis: 1 for spec in graph.inputs for axis in spec.axes if isinstance(axis, str)}
+    zeros = {name: torch.zeros(graph.input(name).shape(sizes), device=device) for name in ADAPTER_INPUTS}
+    return {name: value if name == "adapter_scale" else value.to(dtype) for name, value in zeros.items()}
+
+
+def total_rank(uses: Sequence[AdapterUse]) -> int:
+    """Of the adapters of one video."""
+    return sum(use.adapter.rank for use in uses)
+
+
+def check_adapters(uses: Sequence[AdapterUse], table: StageTable, config: BackboneConfig) -> None:
+    """Raises AdapterError where the denoiser takes no adapters, or none so large, or they are another's."""
+    if not uses:
+        return
+    if ADAPTER_INPUTS[0] not in {spec.name for spec in table.graph("denoiser").inputs}:
+        why = (
+            "this denoiser has no rotary positions, and adapters are for those that have"
+            if not config.rotary
+            else "this bundle was exported without room for adapters; export it again with --max-lora-rank, "
+            "for instance 16"
+        )
+        raise AdapterError(f"the request has {len(uses)} adapters: {why}")
+    for use in uses:
+        use.adapter.check(config)
+    bounds = table.axes.get("R")
+    rank = total_rank(uses)
+    if bounds is not None and rank > bounds.max:
+        ranks = " + ".join(f"{use.adapter.rank} ({use.adapter.name})" for use in uses)
+        raise AdapterError(
+            f"the adapters' ranks sum to {rank} = {ranks}; this bundle was exported with --max-lora-rank "
+            f"{bounds.max}: use fewer at once, or export it with {rank} or more"
+        )
