@@ -13,7 +13,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from proteus_deploy.errors import InputError, PhotoError, ProteusError
+from proteus_deploy.errors import AdapterError, InputError, PhotoError, ProteusError
+from proteus_deploy.serving.adapter_store import AdapterInUse, AdapterNotFound, TooManyAdapters
 from proteus_deploy.serving.characters import CharacterNotFound, TooManyCharacters
 from proteus_deploy.serving.jobs import IdempotencyConflict, JobNotFound, NotCancellable, QueueFull
 from proteus_deploy.serving.logs import request_id
@@ -32,8 +33,14 @@ _KNOWN: Mapping[type[ProteusError], tuple[int, str, str | None]] = {
     CharacterNotFound: (404, "character_not_found", "character"),
     NotCancellable: (409, "not_cancellable", None),
     IdempotencyConflict: (409, "idempotency_conflict", None),
+    AdapterNotFound: (404, "adapter_not_found", "adapters"),
+    AdapterInUse: (409, "adapter_in_use", None),
+    TooManyAdapters: (409, "too_many_adapters", None),
     TooManyCharacters: (409, "too_many_characters", None),
 }
+
+
+_FIELD_OF: Mapping[type[InputError], str] = {PhotoError: "input_reference", AdapterError: "adapters"}
 
 
 class ApiError(Exception):
@@ -91,7 +98,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(InputError)
     async def _input(_: Request, error: InputError) -> JSONResponse:
-        param = "input_reference" if isinstance(error, PhotoError) else None
+        param = next((name for kind, name in _FIELD_OF.items() if isinstance(error, kind)), None)
         return _answer(400, str(error), param=param, code="invalid_value")
 
     @app.exception_handler(ProteusError)

@@ -11,6 +11,8 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
+    "AdapterObject",
+    "AdapterPage",
     "CharacterObject",
     "CharacterPage",
     "Deleted",
@@ -58,6 +60,15 @@ class _Stage(_Answer):
     eta_s: float | None
 
 
+class _AdapterUse(_Answer):
+    """An adapter of a video; gate: the timesteps [low, high) where it isn't the adapter's own."""
+
+    id: str
+    name: str
+    scale: float
+    gate: list[int] | None
+
+
 class VideoObject(_Answer):
     """A video, asked for, running or finished. Times are seconds since 1970."""
 
@@ -86,6 +97,7 @@ class VideoObject(_Answer):
     seed: int
     plan: dict[str, Any] | None
     character: str | None
+    adapters: list[_AdapterUse] | None
     stage: _Stage | None = None
     queue_position: int | None = None
     bytes: int | None = None
@@ -107,6 +119,19 @@ class CharacterObject(_Answer):
     error: _Failure | None
 
 
+class AdapterObject(_Answer):
+    """An adapter that was uploaded. gate: it acts at timesteps [low, high). sha256: of what it does."""
+
+    id: str
+    object: Literal["adapter"]
+    name: str
+    rank: int
+    gate: list[int]
+    sha256: str
+    bytes: int
+    created_at: int
+
+
 class ModelObject(_Answer):
     """The model that is served."""
 
@@ -120,7 +145,7 @@ class Deleted(_Answer):
     """What was removed."""
 
     id: str
-    object: Literal["video.deleted", "character.deleted"]
+    object: Literal["video.deleted", "character.deleted", "adapter.deleted"]
     deleted: Literal[True]
 
 
@@ -143,6 +168,12 @@ class CharacterPage(_Page):
     data: list[CharacterObject]
 
 
+class AdapterPage(_Page):
+    """Adapters; `last_id` is the cursor of the next page."""
+
+    data: list[AdapterObject]
+
+
 class ModelPage(_Answer):
     """All models: one."""
 
@@ -155,7 +186,7 @@ _MEANINGS = {
     401: "The server needs an API key that it knows",
     403: "The key may only look and fetch",
     404: "There is nothing of this id, or it is another key's",
-    409: "Not in this state: not finished yet, finished already, or an idempotency key used twice",
+    409: "Not in this state: not finished yet, finished already, in use, or an idempotency key used twice",
     413: "The body is larger than the server takes",
     415: "The body is neither JSON nor a form",
     416: "The range lies behind the end of the file",

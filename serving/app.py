@@ -10,6 +10,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Str
 
 from proteus_deploy import __version__
 from proteus_deploy.serving.access import KeyOf, OwnerOf, ServiceOf
+from proteus_deploy.serving.adapter_routes import add_adapter_routes
 from proteus_deploy.serving.answers import ApiError, add_error_handlers
 from proteus_deploy.serving.api_document import (
     Deleted,
@@ -67,17 +68,23 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
     )
     app.state.service = service
-    app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes, larger=_larger(service))
     app.add_middleware(RequestIds)
     add_error_handlers(app)
     _add_create_routes(app)
     _add_job_routes(app)
     add_character_routes(app)
+    add_adapter_routes(app)
     add_kserve_routes(app)
     add_page_routes(app)
     describe_api(app)
     _add_other_routes(app)
     return app
+
+
+def _larger(service: Service) -> dict[str, int]:
+    """Bodies that may be larger than a photo's."""
+    return {"/v1/adapters": service.settings.max_adapter_bytes}
 
 
 async def _order(request: Request, service: Service, key: Key, idempotency_key: str | None) -> Job:

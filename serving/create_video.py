@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from proteus_deploy.stages import StageTable
 
 __all__ = [
+    "AdapterChoice",
+    "CreateAdapter",
     "CreateCharacter",
     "CreateVideo",
     "Order",
@@ -35,8 +37,11 @@ __all__ = [
 
 _MAX_FIELD_BYTES = 1 << 20
 _MAX_FIELDS = 64
+_MAX_ADAPTERS = 8
+_PHOTO_FIELD = "input_reference"
 # Fields of the body that are no fields of a GenerateRequest, or are made into others.
 _NOT_THE_PIPELINES = {"model", "seconds", "size", "input_reference", "character", "timeout_s", "plan"}
+_NOT_THE_PIPELINES |= {"adapters"}
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 _DATA_URL = re.compile(r"data:image/[a-z.+-]+;base64,", re.IGNORECASE)
 
@@ -46,8 +51,22 @@ _Photo = Annotated[
 ]
 
 
+class AdapterChoice(BaseModel):
+    """An adapter of a video, by its id."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str = Field(max_length=100)
+    scale: float = Field(1.0, ge=-100, le=100, allow_inf_nan=False)
+    gate: tuple[int, int] | None = Field(
+        None, description="timesteps [low, high) at which it acts; its own when left out"
+    )
+
+
 class CreateVideo(BaseModel):
     """A video to make: the fields of OpenAI's API, and those of the model."""
+
+    file_field: ClassVar[str] = _PHOTO_FIELD
 
     model_config = ConfigDict(
         extra="forbid",
@@ -87,6 +106,9 @@ class CreateVideo(BaseModel):
     face_index: int | None = None
     identity_scale: float | None = Field(None, allow_inf_nan=False)
     plan: dict[str, Any] | None = Field(None, description="what may be left out of the loop")
+    adapters: list[AdapterChoice] | None = Field(
+        None, description="uploaded adapters, in a form as JSON", max_length=_MAX_ADAPTERS
+    )
     timeout_s: float | None = Field(
         None, gt=0, le=7 * 86400, allow_inf_nan=False, description="the job fails when it isn't done by then"
     )
@@ -94,6 +116,8 @@ class CreateVideo(BaseModel):
 
 class CreateCharacter(BaseModel):
     """A person to register: a photo, sent as for a video, and words that go with it."""
+
+    file_field: ClassVar[str] = _PHOTO_FIELD
 
     model_config = ConfigDict(
         extra="forbid",
@@ -114,6 +138,17 @@ class CreateCharacter(BaseModel):
     face_index: int | None = Field(None, ge=0, le=1000)
 
 
+class CreateAdapter(BaseModel):
+    """An adapter to keep: a form with the safetensors file and a name."""
+
+    file_field: ClassVar[str] = "file"
+
+    model_config = ConfigDict(extra="forbid")
+
+    file: Annotated[Any, Field(description="the .safetensors file")] = None
+    name: str = Field("", max_length=200)
+
+
 @dataclass(frozen=True)
 class Order:
     """What is put in the queue. request: the fields of a GenerateRequest, complete, as JSON."""
@@ -125,22 +160,24 @@ class Order:
     batch_key: str | None
 
 
-_Body = TypeVar("_Body", CreateVideo, CreateCharacter)
+_Body = TypeVar("_Body", CreateVideo, CreateCharacter, CreateAdapter)
 
 
 async def read_body(request: Request, model: type[_Body]) -> tuple[_Body, bytes | None]:
-    """The fields and the photo's bytes. Raises ApiError or RequestValidationError."""
+    """The fields, and the bytes of the photo or the adapter. Raises ApiError or RequestValidationError."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     photo: bytes | None = None
     fields: dict[str, Any]
+    of_a_photo = model.file_field == _PHOTO_FIELD
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        fields, photo = await _read_form(request)
-    elif kind == "application/json":
+        fields, photo = await _read_form(request, model.file_field)
+    elif kind == "application/json" and of_a_photo:
         fields = _read_json(await request.body())
     else:
         raise ApiError(
             415,
-            f"the content type is {kind!r}; send multipart/form-data or application/json",
+            f"the content type is {kind!r}; send multipart/form-data"
+            + (" or application/json" if of_a_photo else ""),
             code="content_type",
         )
     try:
@@ -148,8 +185,8 @@ async def read_body(request: Request, model: type[_Body]) -> tuple[_Body, bytes 
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
     check_text(body)
-    if photo is None and body.input_reference is not None:
-        photo = _photo_of(body.input_reference)
+    if photo is None and (reference := getattr(body, _PHOTO_FIELD, None)) is not None:
+        photo = _photo_of(reference)
     return body, photo
 
 
@@ -162,20 +199,22 @@ def check_text(body: BaseModel) -> None:
             )
 
 
-async def _read_form(request: Request) -> tuple[dict[str, Any], bytes | None]:
+async def _read_form(request: Request, file_field: str) -> tuple[dict[str, Any], bytes | None]:
     fields: dict[str, Any] = {}
     photo: bytes | None = None
     async with request.form(max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES) as form:
         for name, value in form.multi_items():
-            if name in fields or (name == "input_reference" and photo is not None):
+            if name in fields or (name == file_field and photo is not None):
                 raise ApiError(400, f"{name} was sent twice; send it once", param=None, code="invalid_value")
             if isinstance(value, UploadFile):
-                if name != "input_reference":
-                    text = f"a file came as {name!r}; the only file is input_reference, the photo"
+                if name != file_field:
+                    text = f"a file came as {name!r}; the only file is {file_field}"
                     raise ApiError(400, text, code="invalid_value")
                 photo = await value.read()
             elif name in ("plan", "input_reference") and value.lstrip().startswith("{"):
                 fields[name] = _read_json(value.encode())
+            elif name == "adapters":
+                fields[name] = _read_json(b'{"adapters": ' + value.encode() + b"}").get("adapters")
             else:
                 fields[name] = value
     return fields, photo

@@ -32,7 +32,8 @@ class WorkerSettings:
     lease_s: after so many seconds without a sign of life a job is another worker's.
     poll_s: seconds between two looks at an empty queue, and at whether cancellation was asked for.
     max_batch: videos made together. batch_wait_s: how long a batch that isn't full waits for more.
-    cache_bytes: of text and identity results kept in memory. warm_up: make one step before the first job.
+    cache_bytes, adapter_cache_bytes: of text and identity results, and of adapters, kept in memory.
+    warm_up: make one step before the first job.
     provenance: state in each mp4 that it was generated. log_json: write log lines as JSON objects.
     results_url: where finished videos go; None for a folder in `data_dir`.
     """
@@ -47,6 +48,7 @@ class WorkerSettings:
     max_batch: int = 1
     batch_wait_s: float = 0.0
     cache_bytes: int = 0
+    adapter_cache_bytes: int = 1 << 30
     warm_up: bool = False
     provenance: bool = True
     log_json: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-__all__ = ["characters", "inputs", "jobs", "metadata", "queue_clock"]
+__all__ = ["adapters", "characters", "inputs", "jobs", "metadata", "queue_clock"]
 
 metadata = sa.MetaData()
 
@@ -75,6 +75,25 @@ characters = sa.Table(
     sa.Column("created_at", sa.Double, nullable=False),
     sa.Column("job_number", _Number, sa.ForeignKey("jobs.number"), nullable=False),
     sa.Index("characters_order", "owner", "number"),
+    sqlite_autoincrement=True,
+)
+
+# Low-rank adapters that were uploaded once; `data` is the safetensors file.
+adapters = sa.Table(
+    "adapters",
+    metadata,
+    sa.Column("number", _Number, primary_key=True, autoincrement=True),
+    sa.Column("id", sa.Text, nullable=False, unique=True),
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("rank", sa.Integer, nullable=False),
+    sa.Column("gate_low", sa.Integer, nullable=False),
+    sa.Column("gate_high", sa.Integer, nullable=False),
+    sa.Column("sha256", sa.Text, nullable=False),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("data", sa.LargeBinary, nullable=False),
+    sa.Index("adapters_order", "owner", "number"),
     sqlite_autoincrement=True,
 )
 

@@ -8,6 +8,7 @@ import math
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import IO, TYPE_CHECKING
 
 from proteus_deploy._files import atomic_file
 from proteus_deploy.errors import InputError
+from proteus_deploy.serving.adapter_store import AdapterStore
 from proteus_deploy.serving.characters import CharacterStore
 from proteus_deploy.serving.database import database_url, open_database
 from proteus_deploy.serving.jobs import Job, JobNotFound
@@ -48,12 +50,14 @@ class FolderInUse(InputError):
 class ServiceSettings:
     """How to serve. Sizes are in bytes, times in seconds; None is no limit.
 
-    max_body_bytes, max_pixels: of a request and of its photo. keep_s, keep_bytes: of finished videos.
+    max_body_bytes, max_pixels, max_adapter_bytes: of a request, its photo, an adapter's upload.
+    keep_s, keep_bytes: of finished videos.
     finish_s: how long running jobs may go on when the server stops; then they are put back.
     max_wait_s: how long a new job may have to wait, by what the waiting ones cost and the pace of the last.
     results_url: where all servers reach finished videos, see `open_results`; None for a folder in `data_dir`.
     traces: where OpenTelemetry spans go, see `traces.open_exporter`.
-    max_batch, batch_wait_s, cache_bytes, warm_up, provenance, log_json: see `WorkerSettings`.
+    max_batch, batch_wait_s, cache_bytes, adapter_cache_bytes, warm_up, provenance, log_json: see
+    `WorkerSettings`.
     """
 
     pipeline: PipelineChoice
@@ -68,6 +72,7 @@ class ServiceSettings:
     max_queued: int = 1000
     max_body_bytes: int = 32 << 20
     max_pixels: int = 24_000_000
+    max_adapter_bytes: int = 256 << 20
     keep_s: float | None = 7 * 86400.0
     keep_bytes: int | None = None
     finish_s: float = 0.0
@@ -75,6 +80,7 @@ class ServiceSettings:
     max_batch: int = 1
     batch_wait_s: float = 0.0
     cache_bytes: int = 0
+    adapter_cache_bytes: int = 1 << 30
     warm_up: bool = False
     provenance: bool = True
     traces: str | None = None
@@ -106,7 +112,7 @@ class Service:
         """Raises FolderInUse, InputError when the model can't be read, and as its results and database do."""
         self.settings, self.keys = settings, settings.keys
         exporter = None if settings.traces is None else open_exporter(settings.traces)
-        self.config, self.table = check_model(settings)
+        self.config, self.table, self.base = check_model(settings)
         url = database_url(settings.database_url, settings.data_dir.absolute())
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         self._lock_file = _lock(settings.data_dir)
@@ -118,6 +124,7 @@ class Service:
             raise
         self.store = JobStore(self.engine, max_queued=settings.max_queued, max_attempts=settings.max_attempts)
         self.characters = CharacterStore(self.engine)
+        self.adapters = AdapterStore(self.engine)
         self.board = Board()
         self.stopping = threading.Event()
         name = _node_name(settings.data_dir)
@@ -132,6 +139,7 @@ class Service:
             max_batch=settings.max_batch,
             batch_wait_s=settings.batch_wait_s,
             cache_bytes=settings.cache_bytes,
+            adapter_cache_bytes=settings.adapter_cache_bytes,
             warm_up=settings.warm_up,
             provenance=settings.provenance,
             log_json=settings.log_json,
@@ -255,8 +263,11 @@ class Service:
                 _log.warning("housekeeping will be tried again: %s", error)
 
 
-def check_model(settings: ServiceSettings) -> tuple[TransformerConfig, StageTable | None]:
-    """The model, and what a bundle was exported for; None for a checkpoint, which has no ranges.
+def check_model(
+    settings: ServiceSettings,
+) -> tuple[TransformerConfig, StageTable | None, Callable[[], str]]:
+    """The model, what a bundle was exported for (None for a checkpoint, which has no ranges), and what gives
+    the hash of the checkpoint, by which adapters know theirs.
 
     Raises InputError when it can't be read or wasn't exported for the batch.
     """
@@ -267,10 +278,11 @@ def check_model(settings: ServiceSettings) -> tuple[TransformerConfig, StageTabl
         bundle = Bundle.open(choice.folder)
         if settings.max_batch > 1:
             _check_batch(settings.max_batch, bundle.table)
-        return bundle.transformer, bundle.table
+        return bundle.transformer, bundle.table, lambda: str(bundle.manifest["checkpoint"]["hash"])
     from proteus_deploy.checkpoint import Checkpoint
 
-    return Checkpoint.open(choice.folder).transformer, None
+    checkpoint = Checkpoint.open(choice.folder)
+    return checkpoint.transformer, None, lambda: checkpoint.hash
 
 
 def _check_batch(videos: int, table: StageTable) -> None:

@@ -11,6 +11,7 @@ from anyio.to_thread import run_sync
 from fastapi import Request
 from fastapi.responses import FileResponse
 
+from proteus_deploy.serving.adapter_routes import chosen_adapters
 from proteus_deploy.serving.answers import ApiError
 from proteus_deploy.serving.character_routes import with_character
 from proteus_deploy.serving.create_video import CreateVideo, make_order
@@ -53,6 +54,8 @@ async def submit(
     whole, photo = await run_sync(with_character, service, key.name, body, photo)
     pixels = service.settings.max_pixels
     order = await run_sync(partial(make_order, whole, photo, service.config, pixels, service.table))
+    if whole.adapters:
+        order.request["adapters"] = await run_sync(chosen_adapters, service, key.name, whole)
     if traceparent is not None and TRACEPARENT.fullmatch(traceparent):
         order.request["traceparent"] = traceparent
     job, _ = await run_sync(

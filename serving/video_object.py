@@ -52,6 +52,7 @@ def video_object(service: Service, job: Job, *, position: int | None = None) -> 
     }
     document |= {name: request[name] for name in _SHOWN}
     document |= {"plan": request.get("plan"), "character": request.get("character")}
+    document["adapters"] = request.get("adapters")
     if news is not None:
         document["stage"] = {name: news[name] for name in ("stage", "done", "total", "eta_s")}
     if position is not None:

@@ -23,6 +23,7 @@ import sqlalchemy as sa
 
 from proteus_deploy.errors import Cancelled, InputError, ProteusError
 from proteus_deploy.provenance import mark_generated
+from proteus_deploy.serving.adapter_store import AdapterMemory, AdapterStore
 from proteus_deploy.serving.database import database_url, open_database
 from proteus_deploy.serving.jobs import Claim, JobFailure, JobState, LostClaim
 from proteus_deploy.serving.logs import write_logs
@@ -61,6 +62,7 @@ class Worker:
         folder = Path(settings.data_dir)
         self._engine = open_database(database_url(settings.database_url, folder))
         self._queue = WorkQueue(self._engine, max_attempts=settings.max_attempts)
+        self._adapters = AdapterMemory(AdapterStore(self._engine), settings.adapter_cache_bytes)
         self._results = open_results(settings.results_url, folder / "results")
         self._times = StageTimes()
         self._wake = threading.Event()  # something may have changed: look
@@ -165,7 +167,11 @@ class Worker:
         from proteus_deploy.request import GenerateRequest
 
         requests = [
-            GenerateRequest(**request_fields(claim.job.request), photo=self._queue.photo(claim))
+            GenerateRequest(
+                **request_fields(claim.job.request),
+                photo=self._queue.photo(claim),
+                adapters=self._adapters.uses(claim.job.request.get("adapters")),
+            )
             for claim in work.claims
         ]
         started_s = time.monotonic()

@@ -23,7 +23,7 @@ from proteus_deploy.weights import PICKLE_SUFFIXES, read_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["read_adapter", "save_adapter"]
+__all__ = ["parse_adapter", "read_adapter", "save_adapter"]
 
 _MAX_BYTES = 4 << 30  # rank 512 of the published size, in float32, is half of it
 _OURS = "proteus_adapter"  # fields of the safetensors header
@@ -45,11 +45,29 @@ def read_adapter(path: str | Path) -> Adapter:
     tensors, header = _read(file)
     try:
         ours = _our_metadata(header)
-        scales = _Scales(_lora_config(file, header))
-        factors = _factors(tensors, scales)
+        factors = _factors(tensors, _Scales(_lora_config(header, beside=file)))
         return Adapter(factors, **ours, name=file.stem if file.name not in _FILE_NAMES else file.parent.name)
     except AdapterError as error:
         raise AdapterError(f"{file}: {error}") from error
+
+
+def parse_adapter(data: bytes, *, name: str) -> Adapter:
+    """The adapter in the bytes of a safetensors file. name: its own, and in messages. Raises AdapterError."""
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    try:
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise AdapterError(
+            f"{name} can't be read as safetensors ({error}); it is damaged, incomplete or another format"
+        ) from error
+    try:
+        factors = _factors(tensors, _Scales(_lora_config(header, beside=None)))
+        return Adapter(factors, **_our_metadata(header), name=name)
+    except AdapterError as error:
+        raise AdapterError(f"{name}: {error}") from error
 
 
 def save_adapter(adapter: Adapter, file: Path) -> None:
@@ -141,19 +159,23 @@ def _our_metadata(header: Mapping[str, str]) -> dict[str, Any]:
     return {"gate": TimestepGate(*gate), **texts}
 
 
-def _lora_config(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
-    """PEFT's LoraConfig as far as it is given, with diffusers' prefix taken off."""
+def _lora_config(header: Mapping[str, str], *, beside: Path | None) -> dict[str, Any]:
+    """PEFT's LoraConfig as far as it is given, in the header or beside a file of PEFT's."""
     config: dict[str, Any] = {}
     if _DIFFUSERS in header:
         config = _json(_DIFFUSERS, header[_DIFFUSERS])
         config = {key.removeprefix("transformer."): value for key, value in config.items()}
-    elif (beside := file.parent / "adapter_config.json").is_file() and file.name == _FILE_NAMES[0]:
-        config = read_json(beside, error=AdapterError)
+    elif beside is not None and beside.name == _FILE_NAMES[0] and (file := _config_of(beside)).is_file():
+        config = read_json(file, error=AdapterError)
     if config.get("use_dora"):
         raise AdapterError("it is a DoRA, which scales whole columns too; only plain LoRA is read")
     if config.get("peft_type") not in (None, "LORA"):
         raise AdapterError(f"peft_type is {shortened(config['peft_type'])}; only LORA is read")
     return config
+
+
+def _config_of(file: Path) -> Path:
+    return file.parent / "adapter_config.json"
 
 
 def _json(name: str, text: str) -> dict[str, Any]:

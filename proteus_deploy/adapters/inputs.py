@@ -18,7 +18,14 @@ from proteus_deploy.model.config import BackboneConfig
 from proteus_deploy.model.low_rank import PROJECTIONS
 from proteus_deploy.stages import Graph, StageTable
 
-__all__ = ["ADAPTER_INPUTS", "AdapterInputs", "check_adapters", "idle_adapters", "stack_adapters"]
+__all__ = [
+    "ADAPTER_INPUTS",
+    "AdapterInputs",
+    "check_adapters",
+    "check_rank",
+    "idle_adapters",
+    "stack_adapters",
+]
 
 ADAPTER_INPUTS = ("adapter_down", "adapter_up", "adapter_scale")
 
@@ -102,11 +109,16 @@ def check_adapters(uses: Sequence[AdapterUse], table: StageTable, config: Backbo
         raise AdapterError(f"the request has {len(uses)} adapters: {why}")
     for use in uses:
         use.adapter.check(config)
+    check_rank([(use.adapter.name, use.adapter.rank) for use in uses], table)
+
+
+def check_rank(ranks: Sequence[tuple[str, int]], table: StageTable) -> None:
+    """ranks: (name, rank) of a video's adapters. Raises AdapterError where a bundle hasn't room for them."""
     bounds = table.axes.get("R")
-    rank = total_rank(uses)
+    rank = sum(own for _, own in ranks)
     if bounds is not None and rank > bounds.max:
-        ranks = " + ".join(f"{use.adapter.rank} ({use.adapter.name})" for use in uses)
+        shown = " + ".join(f"{own} ({name})" for name, own in ranks)
         raise AdapterError(
-            f"the adapters' ranks sum to {rank} = {ranks}; this bundle was exported with --max-lora-rank "
+            f"the adapters' ranks sum to {rank} = {shown}; this bundle was exported with --max-lora-rank "
             f"{bounds.max}: use fewer at once, or export it with {rank} or more"
         )

@@ -98,6 +98,18 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         help="memory of each worker for results of text and identity stages (default: %(default)s)",
     )
     parser.add_argument(
+        "--adapter-cache-mib",
+        type=int,
+        default=1024,
+        help="memory of each worker for uploaded adapters (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-adapter-mib",
+        type=int,
+        default=256,
+        help="largest adapter that may be uploaded (default: %(default)s)",
+    )
+    parser.add_argument(
         "--traces", metavar="URL", help="send OpenTelemetry spans to an OTLP/HTTP address, or to the console"
     )
     parser.add_argument("--log-json", action="store_true", help="write each line of the log as a JSON object")
@@ -152,6 +164,7 @@ def _settings(arguments: argparse.Namespace) -> ServiceSettings:
     _check_backend(kind, arguments)
     for name, least in (
         ("workers", 1), ("max_queued", 1), ("max_attempts", 1), ("max_batch", 1), ("cache_mib", 0),
+        ("adapter_cache_mib", 0), ("max_adapter_mib", 1),
     ):  # fmt: skip
         if getattr(arguments, name) < least:
             flag = "--" + name.replace("_", "-")
@@ -190,6 +203,8 @@ def _settings(arguments: argparse.Namespace) -> ServiceSettings:
         max_batch=arguments.max_batch,
         batch_wait_s=arguments.batch_wait_ms / 1000,
         cache_bytes=arguments.cache_mib << 20,
+        adapter_cache_bytes=arguments.adapter_cache_mib << 20,
+        max_adapter_bytes=arguments.max_adapter_mib << 20,
         warm_up=not arguments.no_warm_up,
         provenance=not arguments.no_provenance,
         traces=arguments.traces,

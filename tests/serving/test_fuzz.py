@@ -25,17 +25,18 @@ if TYPE_CHECKING:
 COUNT, SEED = 10_000, 20261128
 TIMEOUT_S = 20.0
 GROWTH_BYTES = 200 << 20
-ROUTES = ("/v1/videos", "/v1/videos/sync", "/v1/characters")
+ROUTES = ("/v1/videos", "/v1/videos/sync", "/v1/characters", "/v1/adapters")
 FIELDS = (
     "prompt", "model", "seconds", "size", "input_reference", "identity_prompt", "negative_prompt", "width",
     "height", "num_frames", "character", "fps", "num_inference_steps", "guidance_scale", "use_dynamic_cfg",
     "dynamic_cfg", "seed", "scheduler", "face_index", "identity_scale", "plan", "timeout_s", "name",
+    "adapters", "file",
 )  # fmt: skip
 ODD = (
     "", " ", "nan", "NaN", "inf", "-1", "0", "1e999", "9" * 400, "0x10", "true", "null", "[]", "{}", "٣",
     "\ud800", "../../etc/passwd", "/etc/passwd", "file:///etc/passwd", "http://169.254.169.254/", "a\0b",
     "𝔘" * 50, "-8x16", "99999x99999", "{" * 3000, "%00", "\r\nX: y", "'; DROP TABLE jobs; --",
-    "char_" + "0" * 32,
+    "char_" + "0" * 32, '[{"id": "adapter_0"}]',
 )  # fmt: skip
 
 
@@ -108,7 +109,8 @@ def _odd_target(rng: random.Random) -> bytes:
     ids = [odd, "video_" + "0" * 32, "..%2f..%2fetc%2fpasswd", "%ff", "a" * 5000]
     tail = rng.choice(["", "/content", "/events", "/cancel", "/nothing", "/content?variant=" + odd])
     query = rng.choice(["", f"?limit={odd}", f"?after={odd}&order=up", "?" + "a=1&" * 2000])
-    target = f"/v1/{rng.choice(['videos', 'characters', 'models', 'x'])}/{rng.choice(ids)}{tail}{query}"
+    kind = rng.choice(["videos", "characters", "adapters", "models", "x"])
+    target = f"/v1/{kind}/{rng.choice(ids)}{tail}{query}"
     method = rng.choice(["GET", "DELETE", "POST", "PUT", "PATCH", "HEAD", "OPTIONS", "get", "BREW"])
     return _head(method, target, {"Range": rng.choice(["bytes=9-1", "bytes=-", "lines=1-2"])}, 0)
 

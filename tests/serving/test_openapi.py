@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
+from pathlib import Path
 from typing import Any
 from unittest import SkipTest
 
 import pytest
 import schemathesis
+import torch
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
@@ -20,7 +23,11 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from proteus_deploy.adapters import Adapter, save_adapter
+from proteus_deploy.adapters.adapter import Factors
 from proteus_deploy.serving.api_document import (
+    AdapterObject,
+    AdapterPage,
     CharacterObject,
     CharacterPage,
     ErrorBody,
@@ -84,19 +91,27 @@ def _holds(model: type[BaseModel], answer: Any) -> None:
 
 
 def test_answers_are_what_the_document_says(
-    client: TestClient, service: Service, create: Any, drawn_photo: bytes
+    client: TestClient, service: Service, create: Any, drawn_photo: bytes, tmp_path: Path
 ) -> None:
     made = create(plan='{"step_cache": {"kind": "schedule", "total": 2, "steps": [0], "reuse": "clean"}}')
     _holds(VideoObject, made)
     files = {"input_reference": ("photo.png", drawn_photo, "image/png")}
     character = client.post("/v1/characters", data={"name": "Anna"}, files=files)
     _holds(CharacterObject, character)
+    factors = Factors(torch.ones(1, 192), torch.ones(192, 1))
+    save_adapter(Adapter({"transformer_blocks.0.attn1.to_q": factors}), tmp_path / "a.safetensors")
+    files = {"file": ("a.safetensors", (tmp_path / "a.safetensors").read_bytes(), "application/octet-stream")}
+    adapter = client.post("/v1/adapters", data={"name": "ink"}, files=files)
+    _holds(AdapterObject, adapter)
+    _holds(VideoObject, create(adapters=json.dumps([{"id": adapter.json()["id"], "gate": [0, 250]}])))
     for route, model in (
         ("/v1/videos", VideoPage),
         ("/v1/characters", CharacterPage),
+        ("/v1/adapters", AdapterPage),
         ("/v1/models", ModelPage),
         (f"/v1/videos/{made.json()['id']}", VideoObject),
         (f"/v1/characters/{character.json()['id']}", CharacterObject),
+        (f"/v1/adapters/{adapter.json()['id']}", AdapterObject),
         ("/v1/videos/nothing", ErrorBody),
         ("/v1/videos?limit=0", ErrorBody),
     ):

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+import torch
 
 from proteus_deploy.errors import InputError
 from proteus_deploy.serving.characters import CharacterStore
@@ -154,6 +155,60 @@ def test_a_batch_and_the_one_that_spoils_it(service: Service, drawn_photo: bytes
     results = [service.wait(job).result for job in pair]
     assert [result.facts["batch"] for result in results if result is not None] == [2, 2]
     assert [result.facts["seed"] for result in results if result is not None] == [3, 4]
+
+
+@pytest.mark.slow
+def test_videos_with_different_adapters_in_one_batch(
+    service: Service, drawn_photo: bytes, tmp_path: Path
+) -> None:
+    """Each is what the library makes of the same request."""
+    from proteus_deploy import GenerateRequest, Pipeline
+    from proteus_deploy.adapters import Adapter, AdapterUse, TimestepGate, read_adapter, save_adapter
+    from proteus_deploy.adapters.adapter import Factors
+    from proteus_deploy.serving.adapter_store import AdapterStore
+    from proteus_deploy.video import read_video
+
+    generator = torch.Generator().manual_seed(0)
+    store, adapters = AdapterStore(service.engine), {}
+    for name, gate in (("anna", TimestepGate(0, 600)), ("ink", TimestepGate())):
+        factors = {
+            f"transformer_blocks.{block}.attn1.to_v": Factors(
+                torch.randn(4, 192, generator=generator), 0.2 * torch.randn(192, 4, generator=generator)
+            )
+            for block in range(6)
+        }
+        save_adapter(Adapter(factors, gate=gate), file := tmp_path / f"{name}.safetensors")
+        adapters[name] = read_adapter(file)
+        stored = store.create("anna", file.read_bytes(), adapters[name], name=name)
+        adapters[stored.id] = adapters[name]
+    ids = [name for name in adapters if name.startswith("adapter_")]
+    blocker, _ = service.store.submit("anna", {**REQUEST, "num_inference_steps": 5}, photo=drawn_photo)
+    uses: list[list[dict[str, Any]]] = [
+        [{"id": ids[0], "scale": 0.7, "gate": None}],
+        [{"id": ids[1], "scale": 1.0, "gate": [0, 999]}],
+    ]
+    pair = [
+        service.store.submit("anna", {**REQUEST, "adapters": use}, photo=drawn_photo, batch_key="a")[0]
+        for use in uses
+    ]
+    service.supervisor.wake()
+    service.wait(blocker)
+    request = GenerateRequest(**REQUEST, photo=drawn_photo)
+    own = [
+        AdapterUse(adapters[use["id"]], use["scale"], use["gate"] and TimestepGate(*use["gate"]))
+        for (use,) in uses
+    ]
+    with Pipeline.from_checkpoint(MODEL) as pipeline:
+        plain = pipeline.generate(request).frames
+        videos = pipeline.generate_batch([replace(request, adapters=(use,)) for use in own])
+    for job, video in zip(pair, videos, strict=True):
+        assert (video.frames - plain).abs().mean() > 0.02, "the adapter does something"
+        result = service.wait(job).result
+        assert result is not None
+        assert result.facts["batch"] == 2
+        video.save(tmp_path / "expected.mp4")
+        found, expected = service.results.path(result.name), tmp_path / "expected.mp4"
+        assert (read_video(found).frames - read_video(expected).frames).abs().mean() < 1e-4
 
 
 @pytest.mark.slow
