@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from proteus_deploy.runtime.eager import EagerBackend
 from proteus_deploy.stage_table import ExportRanges, build_stage_table
 
 Make = Callable[..., Any]
+RANK = 8  # that the bundle has room for, as conftest.py exports it
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +170,60 @@ def test_swapping_leaves_the_graph_alone(bundle: Pipeline, requests: list[Genera
     bundle.generate(requests[3])
     assert torch.equal(bundle.generate(requests[1]).frames, first)
     assert bundle.backend.runner("denoiser") is runner
+
+
+def test_a_quantised_bundle(
+    parity: Path, adapter_bundle: Path, bundle: Pipeline, make_adapter: Make, tmp_path: Path
+) -> None:
+    """Codes are the layers' own: the adapter's products stay as precise as they were."""
+    import onnx
+
+    from proteus_deploy.adapters.inputs import stack_adapters
+    from proteus_deploy.bundle import Bundle
+    from proteus_deploy.export.export import export_bundle
+    from proteus_deploy.export.recipe import Recipe
+
+    rule = {"layers": "transformer_blocks.*", "weight": "int8", "granularity": "channel"}
+    recipe = {"schema_version": 1, "name": "w8", "graphs": {"denoiser": {"rules": [rule]}}}
+    exported = export_bundle(
+        Checkpoint.open(parity / "checkpoint"),
+        tmp_path / "quantised",
+        ranges=ExportRanges(max_videos=2, max_lora_rank=RANK),
+        reference="none",
+        recipe=Recipe.from_json(recipe),
+        graphs_from=Bundle.open(adapter_bundle),
+    )
+    nodes = onnx.load(exported.onnx_file("denoiser")).graph.node
+    coded = [node for node in nodes if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert len(coded) == 12, "six projections of each block but the first and the last"
+    assert not any("adapter" in name for node in coded for name in node.input)
+    inputs, backbone = _step_inputs(bundle, 2), bundle.config.backbone
+    use = AdapterUse(make_adapter(1, 3), 0.7)
+    stacked = stack_adapters([(use,)], backbone, torch.float32, torch.device("cpu"))
+    assert stacked is not None
+    with Pipeline.from_bundle(exported) as quantised:
+        velocities = [
+            [pipeline.stages["denoiser"](**inputs, **more)["velocity"] for pipeline in (bundle, quantised)]
+            for more in ({}, stacked.at(100, 2))
+        ]
+    idle, active = ((whole - coded).square().mean().sqrt() for whole, coded in velocities)
+    assert 0 < active < 2 * idle
+    assert (velocities[0][0] - velocities[1][0]).square().mean().sqrt() > 10 * active
+
+
+def test_an_engine(adapter_bundle: Path, tmp_path: Path) -> None:
+    """Built, not run: its profile takes every rank up to the bundle's."""
+    pytest.importorskip("tensorrt_rtx")
+    from proteus_deploy.bundle import Bundle
+    from proteus_deploy.export.build import build_bundle
+
+    copy = Bundle.open(shutil.copytree(adapter_bundle, tmp_path / "bundle"))
+    engines = build_bundle(copy, "sm89", stages=["denoiser"])
+    found = {spec["name"]: spec for spec in engines.document["graphs"]["denoiser"]["contract"]["inputs"]}
+    assert {name: found[name]["shape"] for name in ("adapter_down", "adapter_scale")} == {
+        "adapter_down": [-1, 4, 4, -1, 96],
+        "adapter_scale": [-1, -1],
+    }
 
 
 def test_openvino(adapter_bundle: Path, merged: Merged, requests: list[GenerateRequest]) -> None:
