@@ -173,8 +173,8 @@ def test_the_denoiser_on_it(parity: Path) -> None:
     graph = plain.table.graph("denoiser")
     inputs = sample_inputs(graph, plain.table.sizes("opt") | {"B": 2})
     low = {
-        spec.name: inputs[spec.name].bfloat16() if spec.dtype == "float" else inputs[spec.name]
-        for spec in graph.inputs
+        name: value.bfloat16() if graph.input(name).dtype == "float" else value
+        for name, value in inputs.items()
     }
     want = exact_backend.runner("denoiser")(**inputs)["velocity"]
     got, own = (backend.runner("denoiser")(**low)["velocity"] for backend in (ours, plain))

@@ -54,7 +54,7 @@ def test_lower_precisions(checkpoint: Checkpoint, graph: str, dtype: torch.dtype
     contract = full.table.graph(graph)
     inputs = sample_inputs(contract, full.table.sizes("opt"))
     kinds = {"float": dtype, "float32": torch.float32, "int64": torch.int64}
-    cast = {spec.name: inputs[spec.name].to(kinds[spec.dtype]) for spec in contract.inputs}
+    cast = {name: value.to(kinds[contract.input(name).dtype]) for name, value in inputs.items()}
     short = {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
     for name, want in full.runner(graph)(**inputs).items():
         got = low.runner(graph)(**cast)[name]
