@@ -66,13 +66,15 @@ def denoising_steps(
     policy: PlanRun,
     latents: Tensor,
     scale_at: Callable[[int, int], float],
+    *,
+    first: int = 0,
 ) -> Iterator[StepResult]:
     """Yield each step's result; the work of a step is done when it is asked for.
 
     latents: noise [B, F, C, h, w] in the backend's dtype, scaled for the first step; every result has that
-    dtype. scale_at: (step, timestep) -> guidance scale.
+    dtype. scale_at: (step, timestep) -> guidance scale. first: the step that `latents` are before.
     """
-    for index, timestep in enumerate(stepper.timesteps.tolist()):
+    for index, timestep in list(enumerate(stepper.timesteps.tolist()))[first:]:
         started = time.perf_counter()
         step = policy.begin(index, latents, stepper.levels(index))
         if step.computed:

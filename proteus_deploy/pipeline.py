@@ -20,7 +20,7 @@ from proteus_deploy.adapters.inputs import check_adapters
 from proteus_deploy.bundle import Bundle
 from proteus_deploy.cached_stages import CachedStages
 from proteus_deploy.checkpoint import Checkpoint
-from proteus_deploy.conditioning import Conditioner
+from proteus_deploy.conditioning import Condition, Conditioner
 from proteus_deploy.denoising import denoising_steps
 from proteus_deploy.errors import Cancelled, ComputationError, InputError
 from proteus_deploy.guidance import guidance_scale
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from proteus_deploy.identity.features import IdentityFeatures
     from proteus_deploy.request import Photo
 
-__all__ = ["SHARED_IN_BATCH", "GenerateRequest", "Pipeline", "ProgressEvent", "StepEvent"]
+__all__ = ["SHARED_IN_BATCH", "GenerateRequest", "LoopStart", "Pipeline", "ProgressEvent", "StepEvent"]
 
 # Fields in which the requests of one batch must agree.
 SHARED_IN_BATCH = (
@@ -91,6 +91,27 @@ class ProgressEvent:
     phase: Phase
     done: int
     total: int
+
+
+@dataclass(frozen=True, eq=False)
+class LoopStart:
+    """What a denoising loop begins with: resolved requests of one batch, and noise [B, F, C, h, w].
+
+    stepper and condition remember where a loop is: each start is for one loop. vae_scale: latents are divided
+    by it before they are decoded.
+    """
+
+    requests: list[GenerateRequest]
+    config: TransformerConfig
+    vae_scale: float
+    stepper: Stepper
+    condition: Condition
+    latents: Tensor
+
+    @property
+    def request(self) -> GenerateRequest:
+        """The first, with which the others agree in what a batch shares."""
+        return self.requests[0]
 
 
 class Pipeline:
@@ -295,18 +316,10 @@ class Pipeline:
                 "or one request to generate()"
             )
         watch = _Watch(on_progress, cancel)
-        resolved = [resolve_request(request, self.config) for request in requests]
-        shared = _common_settings(resolved)
-        if self.backend.checks_ranges:
-            check_ranges(shared, len(resolved), self.backend.table, self.config.backbone)
-        for request in resolved:
-            self._check_adapters(request)
-        watch.check()
-        stepper = Stepper(self._scheduler, shared.scheduler, shared.num_inference_steps)
+        start = self._start(requests, watch, initial_latents)
+        resolved, shared, stepper, condition = start.requests, start.request, start.stepper, start.condition
         policy = PlanRun(shared.plan, stepper.timesteps.tolist(), guided=shared.guided)
-        condition = self._conditioner.prepare(resolved, stepper.timesteps, watch)
-        latents = self._initial_latents(resolved, condition.generators, initial_latents)
-        latents, total = latents * stepper.init_noise_sigma, len(stepper.timesteps)
+        latents, total = start.latents, len(stepper.timesteps)
         self._make_room_for("denoiser")
         watch.check()
         for done in denoising_steps(
@@ -327,6 +340,31 @@ class Pipeline:
         videos = [self._finish(one, row, steps, watch) for one, row in zip(resolved, latents, strict=True)]
         self._make_room_for(None)
         return videos
+
+    def start(self, request: GenerateRequest, *, initial_latents: Tensor | None = None) -> LoopStart:
+        """Everything that a denoising loop of one video begins with, for who runs the loop; no gradients.
+
+        Raises InputError, PhotoError.
+        """
+        with torch.no_grad():
+            return self._start([request], _Watch(None, None), initial_latents)
+
+    def _start(
+        self, requests: Sequence[GenerateRequest], watch: _Watch, initial_latents: Tensor | None
+    ) -> LoopStart:
+        resolved = [resolve_request(request, self.config) for request in requests]
+        shared = _common_settings(resolved)
+        if self.backend.checks_ranges:
+            check_ranges(shared, len(resolved), self.backend.table, self.config.backbone)
+        for request in resolved:
+            self._check_adapters(request)
+        watch.check()
+        stepper = Stepper(self._scheduler, shared.scheduler, shared.num_inference_steps)
+        condition = self._conditioner.prepare(resolved, stepper.timesteps, watch)
+        latents = self._initial_latents(resolved, condition.generators, initial_latents)
+        latents = latents * stepper.init_noise_sigma
+        scale = float(self._vae["scaling_factor"])
+        return LoopStart(resolved, self.config, scale, stepper, condition, latents)
 
     @torch.inference_mode()
     def preview(self, event: StepEvent, row: int = 0) -> NDArray[np.uint8]:

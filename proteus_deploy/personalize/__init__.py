@@ -1,0 +1,1 @@
+"""Adapters for one person, trained from one photo by rewards on generated videos (PersonalVideo)."""
