@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from proteus_deploy.errors import (
+    AdapterError,
     BackendError,
     BundleError,
     Cancelled,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from proteus_deploy.video import Video
 
 __all__ = [
+    "AdapterError",
     "BackendError",
     "BundleError",
     "Cancelled",
