@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from proteus_deploy.errors import InputError
 from proteus_deploy.model.config import BackboneConfig, TransformerConfig
-from proteus_deploy.model.low_rank import PROJECTIONS
+from proteus_deploy.model.low_rank import MOST_RANK, PROJECTIONS
 from proteus_deploy.model.networks import cache_layout, vae_on_meta
 from proteus_deploy.stages import Axis, AxisRange, Graph, StageTable, TensorSpec
 
@@ -22,7 +22,6 @@ _MAX_TIMESTEPS_PER_CALL = 50
 # CogVideoX 1.5 stores an upper bound of the rotary grid as its sample size; this is its published video size.
 _SIZE_OF_1_5 = (96, 170)
 _MIN_SIDE = 4  # latent pixels: two tokens
-_MOST_LORA_RANK = 512
 # The number of image tokens belongs to the image tower; this holds for checkpoints that come without one.
 _PUBLISHED_IMAGE_TOKENS = AxisRange(1, 577, 577)
 
@@ -81,8 +80,8 @@ def build_stage_table(
         raise InputError(f"max_videos is {ranges.max_videos}; it must be at least 1")
     if ranges.max_num_frames is not None and ranges.max_num_frames < 1:
         raise InputError(f"--max-num-frames is {ranges.max_num_frames}; it must be at least 1")
-    if not 0 <= ranges.max_lora_rank <= _MOST_LORA_RANK:
-        raise InputError(f"--max-lora-rank is {ranges.max_lora_rank}; it must be 0 to {_MOST_LORA_RANK}")
+    if not 0 <= ranges.max_lora_rank <= MOST_RANK:
+        raise InputError(f"--max-lora-rank is {ranges.max_lora_rank}; it must be 0 to {MOST_RANK}")
     if ranges.max_lora_rank and not config.backbone.rotary:
         raise InputError(
             f"--max-lora-rank is {ranges.max_lora_rank}, but this denoiser has no rotary positions; adapters "
@@ -98,7 +97,7 @@ def build_stage_table(
     ]
     axes = _axes(config, ranges)
     if with_adapters:
-        most = ranges.max_lora_rank or _MOST_LORA_RANK
+        most = ranges.max_lora_rank or MOST_RANK
         axes["R"] = AxisRange(1, most, most)
     if checkpoint.face_encoder is not None:
         from proteus_deploy.identity.networks import face_graphs, image_tokens

@@ -40,8 +40,7 @@ def chosen_adapters(service: Service, owner: str, body: CreateVideo) -> list[dic
         ranks.append((stored.name, stored.rank))
         gate = None if choice.gate is None else list(choice.gate)
         chosen.append({"id": stored.id, "name": stored.name, "scale": choice.scale, "gate": gate})
-    if service.table is not None:
-        check_rank(ranks, service.table)
+    check_rank(ranks, service.table)
     return chosen
 
 
@@ -90,6 +89,7 @@ def _checked(service: Service, data: bytes, name: str) -> Adapter:
     adapter = parse_adapter(data, name=name or "adapter")
     if service.table is not None:
         check_adapters((AdapterUse(adapter),), service.table, service.config.backbone)
+    check_rank([(adapter.name, adapter.rank)], service.table)
     adapter.check(service.config.backbone)
     if adapter.base is not None:
         adapter.check_base(service.base())

@@ -15,7 +15,7 @@ from torch import Tensor
 from proteus_deploy.adapters.adapter import AdapterUse, module_place
 from proteus_deploy.errors import AdapterError
 from proteus_deploy.model.config import BackboneConfig
-from proteus_deploy.model.low_rank import PROJECTIONS
+from proteus_deploy.model.low_rank import MOST_RANK, PROJECTIONS
 from proteus_deploy.stages import Graph, StageTable
 
 __all__ = [
@@ -112,13 +112,22 @@ def check_adapters(uses: Sequence[AdapterUse], table: StageTable, config: Backbo
     check_rank([(use.adapter.name, use.adapter.rank) for use in uses], table)
 
 
-def check_rank(ranks: Sequence[tuple[str, int]], table: StageTable) -> None:
-    """ranks: (name, rank) of a video's adapters. Raises AdapterError where a bundle hasn't room for them."""
-    bounds = table.axes.get("R")
+def check_rank(ranks: Sequence[tuple[str, int]], table: StageTable | None) -> None:
+    """ranks: (name, rank) of a video's adapters. table: None for a checkpoint.
+
+    Raises AdapterError where a bundle hasn't room for them, or PyTorch would need too much memory.
+    """
+    bounds = None if table is None else table.axes.get("R")
+    most = MOST_RANK if bounds is None else bounds.max
     rank = sum(own for _, own in ranks)
-    if bounds is not None and rank > bounds.max:
-        shown = " + ".join(f"{own} ({name})" for name, own in ranks)
+    if rank <= most:
+        return
+    shown = " + ".join(f"{own} ({name})" for name, own in ranks)
+    if most == MOST_RANK:
         raise AdapterError(
-            f"the adapters' ranks sum to {rank} = {shown}; this bundle was exported with --max-lora-rank "
-            f"{bounds.max}: use fewer at once, or export it with {rank} or more"
+            f"the adapters' ranks sum to {rank} = {shown}; at most {most} act together: use fewer at once"
         )
+    raise AdapterError(
+        f"the adapters' ranks sum to {rank} = {shown}; this bundle was exported with --max-lora-rank "
+        f"{most}: use fewer at once, or export it with {rank} or more"
+    )

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+MOST_RANK = 512  # of a video's adapters together; a file of one projection becomes the inputs of all of them
 _OUT = PROJECTIONS.index("to_out.0")
 
 

@@ -99,6 +99,7 @@ def test_refused_uploads(client: TestClient, service: Service, upload: Any, file
     message = _error(broken("wide", width=64), 400)
     assert "64 wide; this one is 192 wide" in message
     assert message.startswith("wide ")
+    assert "sum to 600 = 600 (large); at most 512 act together" in _error(broken("large", rank=600), 400)
     data = bytearray(file_of(value=0.5))
     data[-4:] = b"\xff\xff\xff\x7f"  # the last number becomes NaN
     assert "hold NaN" in _error(upload(bytes(data)), 400)
