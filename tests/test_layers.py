@@ -26,6 +26,7 @@ LAYERS = (
     ("bundle",),
     ("runtime",),
     (
+        "adapters",
         "policies",
         "request",
         "cached_stages",
@@ -47,7 +48,7 @@ LAYERS = (
         "pipeline",
     ),
     ("export",),
-    ("evaluate", "training"),
+    ("evaluate", "training", "personalize"),
     ("serving",),
     ("benchmarks",),
     ("cli",),
