@@ -21,6 +21,7 @@ from proteus_deploy.errors import InputError
 from proteus_deploy.identity.features import IdentityFeatures
 from proteus_deploy.model.config import TransformerConfig
 from proteus_deploy.model.identity_fusion import combine_text_and_identity
+from proteus_deploy.model.low_rank import MOST_RANK
 from proteus_deploy.request import GenerateRequest
 from proteus_deploy.stage_calls import Stage
 from proteus_deploy.stage_table import VAE_SPATIAL, latent_frames
@@ -130,6 +131,7 @@ class Conditioner:
                 self._config.backbone,
                 self._backend.dtype,
                 self._backend.device,
+                most=self._backend.table.axes["R"].max if "R" in self._backend.table.axes else MOST_RANK,
             ),
         )
 

@@ -71,7 +71,7 @@ def fixed_size(config: BackboneConfig) -> bool:
 def build_stage_table(
     checkpoint: Checkpoint, ranges: ExportRanges | None = None, *, optional_adapters: bool = False
 ) -> StageTable:
-    """All graphs of a checkpoint. optional_adapters: of any rank, in place of `max_lora_rank`, for PyTorch.
+    """All graphs of a checkpoint. optional_adapters: as PyTorch takes them, in place of `max_lora_rank`.
 
     Raises InputError when a range is out of bounds.
     """

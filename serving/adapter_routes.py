@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,9 +10,10 @@ from anyio.to_thread import run_sync
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse
 
-from proteus_deploy.adapters import Adapter, AdapterUse, TimestepGate
+from proteus_deploy.adapters import Adapter, TimestepGate
 from proteus_deploy.adapters.files import parse_adapter
-from proteus_deploy.adapters.inputs import check_adapters, check_rank
+from proteus_deploy.adapters.inputs import check_rank, check_room
+from proteus_deploy.errors import AdapterError
 from proteus_deploy.serving.access import KeyOf, OwnerOf, ServiceOf
 from proteus_deploy.serving.answers import ApiError
 from proteus_deploy.serving.api_document import AdapterObject, AdapterPage, Deleted, answers
@@ -32,8 +34,11 @@ _CREATE_BODY = {
 
 def chosen_adapters(service: Service, owner: str, body: CreateVideo) -> list[dict[str, Any]]:
     """What a job says of its adapters. Raises AdapterNotFound, AdapterError."""
+    if not body.adapters:
+        return []
+    check_room(service.table, service.config.backbone)
     chosen, ranks = [], []
-    for choice in body.adapters or ():
+    for choice in body.adapters:
         stored = service.adapters.get(choice.id, owner)
         if choice.gate is not None:
             TimestepGate(*choice.gate)
@@ -48,6 +53,7 @@ def add_adapter_routes(app: FastAPI) -> None:
     """Upload an adapter, look at them, forget them."""
 
     made = answers(AdapterObject, 400, 403, 409, 413, 415)
+    one_at_a_time = asyncio.Lock()
 
     @app.post("/v1/adapters", openapi_extra=_CREATE_BODY, responses=made)
     async def upload(request: Request, service: ServiceOf, key: KeyOf) -> JSONResponse:
@@ -56,9 +62,13 @@ def add_adapter_routes(app: FastAPI) -> None:
         if data is None:
             text = "file is missing; send the adapter's .safetensors file in a multipart form"
             raise ApiError(400, text, param="file", code="missing")
-        adapter = await run_sync(_checked, service, data, body.name)
-        create = partial(service.adapters.create, key.name, data, adapter, name=adapter.name)
-        return JSONResponse((await run_sync(create)).to_json())
+        async with one_at_a_time:  # the numbers of one file are memory enough
+            try:
+                adapter = await run_sync(_checked, service, data, body.name)
+            except AdapterError as error:
+                raise ApiError(400, str(error), param="file", code="invalid_value") from error
+            create = partial(service.adapters.create, key.name, data, adapter, name=adapter.name)
+            return JSONResponse((await run_sync(create)).to_json())
 
     @app.get("/v1/adapters", responses=answers(AdapterPage, 404))
     def page(
@@ -87,8 +97,7 @@ def add_adapter_routes(app: FastAPI) -> None:
 
 def _checked(service: Service, data: bytes, name: str) -> Adapter:
     adapter = parse_adapter(data, name=name or "adapter")
-    if service.table is not None:
-        check_adapters((AdapterUse(adapter),), service.table, service.config.backbone)
+    check_room(service.table, service.config.backbone)
     check_rank([(adapter.name, adapter.rank)], service.table)
     adapter.check(service.config.backbone)
     if adapter.base is not None:

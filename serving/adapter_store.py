@@ -24,7 +24,7 @@ from proteus_deploy.serving.rows import lock_queue
 from proteus_deploy.serving.schema import adapters, jobs
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Engine
+    from sqlalchemy.engine import Connection, Engine
 
 __all__ = [
     "AdapterInUse",
@@ -33,6 +33,7 @@ __all__ = [
     "AdapterStore",
     "StoredAdapter",
     "TooManyAdapters",
+    "check_adapters_exist",
 ]
 
 _UNFINISHED = (JobState.QUEUED.value, JobState.RUNNING.value)
@@ -106,8 +107,7 @@ class AdapterStore:
             "data": data,
             "created_at": self._clock(),
         }
-        with writing(self._engine) as connection:
-            lock_queue(connection)
+        with writing(self._engine) as connection:  # without the queue's lock: the file takes a while
             query = sa.select(sa.func.count()).select_from(adapters).where(adapters.c.owner == owner)
             if (found := connection.scalar(query) or 0) >= self._max_each:
                 raise TooManyAdapters(f"{found} adapters are kept, and {self._max_each} may; delete some")
@@ -196,6 +196,16 @@ class AdapterMemory:
         while len(self._kept) > 1 and self.bytes > self._max_bytes:
             self._kept.popitem(last=False)
         return adapter
+
+
+def check_adapters_exist(connection: Connection, owner: str, request: Mapping[str, Any]) -> None:
+    """In the transaction that queues a job, under the queue's lock, which deleting takes too.
+
+    Raises AdapterNotFound.
+    """
+    for adapter_id in _named(request):
+        if connection.scalar(sa.select(adapters.c.number).where(_is(adapter_id, owner))) is None:
+            raise _not_found(adapter_id)
 
 
 _SHOWN = sa.select(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import sqlalchemy as sa
 
+from proteus_deploy.serving.adapter_store import check_adapters_exist
 from proteus_deploy.serving.database import reading, writing
 from proteus_deploy.serving.jobs import (
     FINISHED,
@@ -83,7 +84,7 @@ class JobStore(WorkQueue):
         compared, where they aren't the job's (a seed that was drawn, a character's photo).
         max_wait: (pace, seconds of one worker) for which the jobs that wait already may keep it; None for
         any. max_own_queued: jobs of this owner that may wait.
-        Raises IdempotencyConflict for another request, QueueFull.
+        Raises IdempotencyConflict for another request, QueueFull, AdapterNotFound.
         """
         asked = (request, photo) if asked is None else asked
         now = self._clock()
@@ -93,6 +94,7 @@ class JobStore(WorkQueue):
                 known := known_job(connection, owner, idempotency_key, request_hash(*asked))
             ):
                 return known, False
+            check_adapters_exist(connection, owner, request)
             self._check_room(connection, max_wait)
             check_own_room(connection, owner, max_own_queued)
             last_end = connection.scalar(

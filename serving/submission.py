@@ -46,7 +46,10 @@ async def submit(
         text = f"the model {body.model!r} is not served; this server has {name!r}"
         raise ApiError(404, text, param="model", code="model_not_found")
     # A seed that was drawn must not tell a repeated request from the first, nor a character that is gone now.
-    asked = body.model_dump() | {"input_reference": None}, photo
+    written = body.model_dump() | {"input_reference": None}
+    if written["adapters"] is None:
+        del written["adapters"]  # as before there were any: a client may repeat over an upgrade
+    asked = written, photo
     if idempotency_key is not None:
         known = await run_sync(service.store.known, key.name, idempotency_key, asked)
         if known is not None:

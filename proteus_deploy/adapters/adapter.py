@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Adapter", "AdapterUse", "Factors", "TimestepGate", "module_place"]
 
-_MODULE = re.compile(r"transformer_blocks\.(\d{1,4})\.attn1\.(to_q|to_k|to_v|to_out\.0)")
+_MODULE = re.compile(r"transformer_blocks\.(0|[1-9][0-9]{0,3})\.attn1\.(to_q|to_k|to_v|to_out\.0)")
 _MOST_SCALE = 100.0
 
 
@@ -98,7 +98,7 @@ class Adapter:
                 )
             widths |= {down.shape[1], up.shape[0]}
             for factor in (down, up):
-                if not factor.is_floating_point() or not bool(torch.isfinite(factor).all()):
+                if not factor.is_floating_point() or not bool(torch.isfinite(factor.float()).all()):
                     raise AdapterError(
                         f"{self.name}: the factors of {module} hold NaN, infinity or whole numbers; an "
                         "adapter that a training run broke can't be mended: train it again"

@@ -7,15 +7,24 @@ Read are diffusers' files (`transformer.<module>.lora_A.weight`, or the older `.
 
 from __future__ import annotations
 
+import io
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proteus_deploy._files import atomic_file
-from proteus_deploy.adapters.adapter import Adapter, Factors, TimestepGate, module_place
+from proteus_deploy.adapters.adapter import Adapter, Factors, module_place
+from proteus_deploy.adapters.lora_header import (
+    DIFFUSERS,
+    OURS,
+    SCHEMA_VERSION,
+    Scales,
+    lora_config,
+    our_metadata,
+    read_lora_header,
+)
 from proteus_deploy.errors import AdapterError
 from proteus_deploy.model.config import shortened
 from proteus_deploy.weights import PICKLE_SUFFIXES, read_json
@@ -26,9 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["parse_adapter", "read_adapter", "save_adapter"]
 
 _MAX_BYTES = 4 << 30  # rank 512 of the published size, in float32, is half of it
-_OURS = "proteus_adapter"  # fields of the safetensors header
-_DIFFUSERS = "lora_adapter_metadata"
-_SCHEMA_VERSION = 1
+_PEFTS = "base_model.model."
+_DAMAGED = "it is damaged, incomplete or another format"
 _FILE_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 _PREFIX = re.compile(
     r"^(?:base_model\.model\.)?(?:transformer\.(?=transformer_blocks|\w+\.)|diffusion_model\.)?"
@@ -41,12 +49,20 @@ def read_adapter(path: str | Path) -> Adapter:
 
     Raises AdapterError naming the file, what is wrong with it and the way out.
     """
+    from safetensors import SafetensorError, safe_open
+
     file = _find(Path(path))
-    tensors, header = _read(file)
+    beside = file.parent / "adapter_config.json"
     try:
-        ours = _our_metadata(header)
-        factors = _factors(tensors, _Scales(_lora_config(header, beside=file)))
-        return Adapter(factors, **ours, name=file.stem if file.name not in _FILE_NAMES else file.parent.name)
+        with file.open("rb") as stream:
+            header = read_lora_header(stream)
+        config = read_json(beside, error=AdapterError) if _is_pefts(file) and beside.is_file() else None
+        with safe_open(file, framework="pt") as handle:
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
+        name = file.stem if file.name not in _FILE_NAMES else file.parent.name
+        return _adapter(tensors, header, config, name)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{file} can't be read as safetensors ({error}); {_DAMAGED}") from error
     except AdapterError as error:
         raise AdapterError(f"{file}: {error}") from error
 
@@ -57,17 +73,29 @@ def parse_adapter(data: bytes, *, name: str) -> Adapter:
     from safetensors import SafetensorError
 
     try:
-        tensors = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise AdapterError(
-            f"{name} can't be read as safetensors ({error}); it is damaged, incomplete or another format"
-        ) from error
-    try:
-        factors = _factors(tensors, _Scales(_lora_config(header, beside=None)))
-        return Adapter(factors, **_our_metadata(header), name=name)
+        header = read_lora_header(io.BytesIO(data))
+        return _adapter(safetensors.torch.load(data), header, None, name)
+    except SafetensorError as error:
+        raise AdapterError(f"{name} can't be read as safetensors ({error}); {_DAMAGED}") from error
     except AdapterError as error:
-        raise AdapterError(f"{name}: {error}") from error
+        text = str(error)
+        raise AdapterError(text if text.startswith(name) else f"{name}: {text}") from error
+
+
+def _adapter(
+    tensors: Mapping[str, Tensor], header: Mapping[str, str], beside: Mapping[str, Any] | None, name: str
+) -> Adapter:
+    scales = Scales(lora_config(header, beside))
+    if not scales.known and any(key.startswith(_PEFTS) for key in tensors):
+        raise AdapterError(
+            "PEFT keeps the scale (lora_alpha) in adapter_config.json, which is not here; read the "
+            "folder that has both, with read_adapter, and write one file with save_adapter"
+        )
+    return Adapter(_factors(tensors, scales), **our_metadata(header), name=name)
+
+
+def _is_pefts(file: Path) -> bool:
+    return file.name == _FILE_NAMES[0]
 
 
 def save_adapter(adapter: Adapter, file: Path) -> None:
@@ -90,15 +118,15 @@ def save_adapter(adapter: Adapter, file: Path) -> None:
         "alpha_pattern": others,
     }
     ours = {
-        "schema_version": _SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSION,
         "gate": [adapter.gate.low, adapter.gate.high],
         "base": adapter.base,
         "person": adapter.person,
     }
     header = {
         "format": "pt",
-        _DIFFUSERS: json.dumps({f"transformer.{key}": value for key, value in lora.items()}, sort_keys=True),
-        _OURS: json.dumps(ours, sort_keys=True),
+        DIFFUSERS: json.dumps({f"transformer.{key}": value for key, value in lora.items()}, sort_keys=True),
+        OURS: json.dumps(ours, sort_keys=True),
     }
     with atomic_file(file) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata=header)
@@ -118,100 +146,15 @@ def _find(path: Path) -> Path:
         raise AdapterError(f"{path} is not there; pass an adapter's .safetensors file or its folder")
     if path.suffix in PICKLE_SUFFIXES:
         raise AdapterError(
-            f"{path} is a pickle, which can run code when it is opened; convert it once with: "
-            f"proteus-deploy convert {path}"
+            f"{path} is a pickle, which can run code when it is opened; convert a .pt, .pth or .bin "
+            f"once with: proteus-deploy convert {path}"
         )
     if path.stat().st_size > _MAX_BYTES:
         raise AdapterError(f"{path} has {path.stat().st_size} bytes; adapters of more than 4 GiB aren't read")
     return path
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as handle:
-            return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(
-            f"{file} can't be read as safetensors ({error}); it is damaged, incomplete or another format"
-        ) from error
-
-
-def _our_metadata(header: Mapping[str, str]) -> dict[str, Any]:
-    """Keyword arguments of `Adapter`; nothing for a file that others wrote."""
-    if _OURS not in header:
-        return {}
-    document = _json(_OURS, header[_OURS])
-    if document.get("schema_version") != _SCHEMA_VERSION:
-        raise AdapterError(
-            f"{_OURS} has schema_version {shortened(document.get('schema_version'))}; this release reads "
-            f"{_SCHEMA_VERSION}"
-        )
-    gate = document.get("gate")
-    if not isinstance(gate, list) or len(gate) != 2:
-        raise AdapterError(f"{_OURS}: gate is {shortened(gate)}; it must be [lowest, end) in timesteps")
-    texts = {}
-    for key in ("base", "person"):
-        texts[key] = document.get(key)
-        if not isinstance(texts[key], str | None):
-            raise AdapterError(f"{_OURS}: {key} is {shortened(texts[key])}; it must be text or null")
-    return {"gate": TimestepGate(*gate), **texts}
-
-
-def _lora_config(header: Mapping[str, str], *, beside: Path | None) -> dict[str, Any]:
-    """PEFT's LoraConfig as far as it is given, in the header or beside a file of PEFT's."""
-    config: dict[str, Any] = {}
-    if _DIFFUSERS in header:
-        config = _json(_DIFFUSERS, header[_DIFFUSERS])
-        config = {key.removeprefix("transformer."): value for key, value in config.items()}
-    elif beside is not None and beside.name == _FILE_NAMES[0] and (file := _config_of(beside)).is_file():
-        config = read_json(file, error=AdapterError)
-    if config.get("use_dora"):
-        raise AdapterError("it is a DoRA, which scales whole columns too; only plain LoRA is read")
-    if config.get("peft_type") not in (None, "LORA"):
-        raise AdapterError(f"peft_type is {shortened(config['peft_type'])}; only LORA is read")
-    return config
-
-
-def _config_of(file: Path) -> Path:
-    return file.parent / "adapter_config.json"
-
-
-def _json(name: str, text: str) -> dict[str, Any]:
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"the header's {name} is not readable JSON ({error})") from error
-    if not isinstance(document, dict):
-        raise AdapterError(f"the header's {name} is {shortened(document)}; it must be an object")
-    return document
-
-
-class _Scales:
-    """alpha / r of each module, or alpha / sqrt(r), as PEFT computes it; 1 where no alpha is given."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self._alpha = config.get("lora_alpha")
-        patterns = config.get("alpha_pattern") or {}
-        if not isinstance(patterns, dict):
-            raise AdapterError(f"alpha_pattern is {shortened(patterns)}; it must be an object")
-        self._patterns = patterns
-        self._square_root = bool(config.get("use_rslora"))
-
-    def of(self, module: str, rank: int, own: Tensor | None) -> float:
-        alpha = own.item() if own is not None and own.numel() == 1 else self._alpha
-        for name, value in self._patterns.items():
-            if module == name or module.endswith(f".{name}"):
-                alpha = value
-        if alpha is None:
-            return 1.0
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise AdapterError(f"alpha of {module} is {shortened(alpha)}; it must be a finite number")
-        return alpha / (math.sqrt(rank) if self._square_root else rank)
-
-
-def _factors(tensors: Mapping[str, Tensor], scales: _Scales) -> dict[str, Factors]:
+def _factors(tensors: Mapping[str, Tensor], scales: Scales) -> dict[str, Factors]:
     halves: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -228,14 +171,21 @@ def _factors(tensors: Mapping[str, Tensor], scales: _Scales) -> dict[str, Factor
         module, letter, old, older = match.groups()
         half = {"A": "down", "B": "up"}.get(letter) or old or older
         module_place(module, "it")
-        halves.setdefault(module, {})[half] = tensor
+        if half in halves.setdefault(module, {}):
+            raise AdapterError(f"it has the factor {half} of {module} twice, under two names")
+        halves[module][half] = tensor
+    if strange := alphas.keys() - halves.keys():
+        raise AdapterError(f"it has an alpha of {shortened(min(strange))}, and no factors of it")
     factors = {}
     for module, both in sorted(halves.items()):
         if len(both) != 2:
             missing = "lora_A" if "up" in both else "lora_B"
             raise AdapterError(f"{module} has no {missing}.weight; the file is incomplete")
-        scale = scales.of(
-            module, max(both["down"].shape[0], 1) if both["down"].ndim else 1, alphas.get(module)
-        )
-        factors[module] = Factors(both["down"], both["up"] if scale == 1.0 else both["up"] * scale)
+        down, up, own = both["down"], both["up"], alphas.get(module)
+        if own is not None and own.numel() != 1:
+            raise AdapterError(f"alpha of {module} has the shape {list(own.shape)}; it must be one number")
+        rank = down.shape[0] if down.ndim else 1
+        scale = scales.of(module, rank, None if own is None else own.item())
+        # In half precision a small alpha over a large rank would round factors to 0.
+        factors[module] = Factors(down, up if scale == 1.0 else up.float() * scale)
     return factors

@@ -23,6 +23,7 @@ __all__ = [
     "AdapterInputs",
     "check_adapters",
     "check_rank",
+    "check_room",
     "idle_adapters",
     "stack_adapters",
 ]
@@ -62,14 +63,20 @@ def stack_adapters(
     config: BackboneConfig,
     dtype: torch.dtype,
     device: torch.device,
+    *,
+    most: int = MOST_RANK,
 ) -> AdapterInputs | None:
-    """Of the videos of a batch; None where none has an adapter. Raises AdapterError for another model's."""
+    """Of the videos of a batch; None where none has an adapter.
+
+    most: the largest rank of the graph. Raises AdapterError for another model's.
+    """
     if not any(videos):
         return None
     for uses in videos:
         for use in uses:
             use.adapter.check(config)
-    rank = max(total_rank(uses) for uses in videos)
+    # Few different ranks, since each is another size for a compiler; the columns that fill up are zeros.
+    rank = min(1 << (max(total_rank(uses) for uses in videos) - 1).bit_length(), most)
     shape = (len(videos), config.num_layers, len(PROJECTIONS), rank, config.width)
     down, up = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
     for row, uses in enumerate(videos):
@@ -99,17 +106,21 @@ def check_adapters(uses: Sequence[AdapterUse], table: StageTable, config: Backbo
     """Raises AdapterError where the denoiser takes no adapters, or none so large, or they are another's."""
     if not uses:
         return
-    if ADAPTER_INPUTS[0] not in {spec.name for spec in table.graph("denoiser").inputs}:
-        why = (
-            "this denoiser has no rotary positions, and adapters are for those that have"
-            if not config.rotary
-            else "this bundle was exported without room for adapters; export it again with --max-lora-rank, "
-            "for instance 16"
-        )
-        raise AdapterError(f"the request has {len(uses)} adapters: {why}")
+    check_room(table, config)
     for use in uses:
         use.adapter.check(config)
     check_rank([(use.adapter.name, use.adapter.rank) for use in uses], table)
+
+
+def check_room(table: StageTable | None, config: BackboneConfig) -> None:
+    """table: None for a checkpoint. Raises AdapterError where a denoiser takes no adapters at all."""
+    if not config.rotary:
+        raise AdapterError("this denoiser has no rotary positions, and adapters are for those that have")
+    if table is not None and ADAPTER_INPUTS[0] not in {spec.name for spec in table.graph("denoiser").inputs}:
+        raise AdapterError(
+            "this bundle was exported without room for adapters; export it again with --max-lora-rank, for "
+            "instance 16"
+        )
 
 
 def check_rank(ranks: Sequence[tuple[str, int]], table: StageTable | None) -> None:

@@ -20,6 +20,7 @@ HELP = "serve a bundle or checkpoint over HTTP, in the shape of OpenAI's video A
 _BUNDLE_BACKENDS = ("onnxruntime", "openvino", "tensorrt", "aotinductor")
 _CHECKPOINT_BACKENDS = ("eager", "compiled")
 _LONGEST_BATCH_WAIT_MS = 5000
+_MOST_ADAPTER_MIB = 900  # SQLite and PostgreSQL both end at about 1 GB a value
 _PACKAGES = ("fastapi", "uvicorn", "sqlalchemy", "alembic", "python_multipart", "prometheus_client")
 
 
@@ -169,6 +170,10 @@ def _settings(arguments: argparse.Namespace) -> ServiceSettings:
         if getattr(arguments, name) < least:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} is {getattr(arguments, name)}; it must be at least {least}")
+    if arguments.max_adapter_mib > _MOST_ADAPTER_MIB:
+        raise InputError(
+            f"--max-adapter-mib is {arguments.max_adapter_mib}; databases hold {_MOST_ADAPTER_MIB} at most"
+        )
     if not 0 <= arguments.port <= 65535:
         raise InputError(f"--port is {arguments.port}; it must be 0 to 65535")
     for name in ("keep_days", "keep_gib", "finish_seconds", "max_wait_seconds", "batch_wait_ms"):

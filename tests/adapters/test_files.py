@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from proteus_deploy.adapters import Adapter, AdapterUse, TimestepGate, read_adapter, save_adapter
 from proteus_deploy.adapters.adapter import Factors
+from proteus_deploy.adapters.files import parse_adapter
 from proteus_deploy.cli.adapter_flags import adapters_of
 from proteus_deploy.errors import AdapterError, InputError
 
@@ -118,6 +119,47 @@ def _pair(down: torch.Tensor, up: torch.Tensor, module: str = MODULE) -> dict[st
     return {f"transformer.{module}.lora_A.weight": down, f"transformer.{module}.lora_B.weight": up}
 
 
+def _raw(header: str) -> bytes:
+    return len(header).to_bytes(8, "little") + header.encode()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (_raw('{"__metadata__": null}'), "changes nothing"),
+        (_raw('{"__metadata__": {"a": 1}}'), "object of texts"),
+        (_raw("[]"), r"its header is \[\]"),
+        (_raw('{"a": {"dtype": "F32", "shape": [0, 9223372036854775808], "data_offsets": [0, 0]}}'), "shape"),
+        (_raw('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'), "can't be read as safeten"),
+        (_raw('{"a": 5}'), "numbers of type None"),
+        (b"\xff" * 8, "its header would have"),
+        (b"", "can't be read as safetensors"),
+    ],
+)
+def test_broken_headers(data: bytes, message: str, tmp_path: Path) -> None:
+    """No more than their message comes of them, as file and as upload."""
+    (tmp_path / "x.safetensors").write_bytes(data)
+    with pytest.raises(AdapterError, match=message):
+        parse_adapter(data, name="x")
+    with pytest.raises(AdapterError, match=message):
+        read_adapter(tmp_path / "x.safetensors")
+
+
+def test_the_first_end_of_a_name_counts_as_in_peft(published: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    pattern = {"0.attn1.to_q": 16, "attn1.to_q": 8, "to_v": 4}  # a file has them sorted
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    config = LoraConfig(
+        r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False, alpha_pattern=pattern
+    )
+    published.add_adapter(config)
+    published.save_lora_adapter(tmp_path)
+    for module, factors in read_adapter(tmp_path).factors.items():
+        layer = published.get_submodule(module)
+        assert torch.allclose(layer.get_delta_weight("default"), factors.up @ factors.down, atol=1e-6), module
+
+
 GOOD = _pair(torch.ones(2, 96), torch.ones(96, 2))
 
 
@@ -127,6 +169,19 @@ GOOD = _pair(torch.ones(2, 96), torch.ones(96, 2))
         (_pair(torch.full((2, 96), torch.nan), torch.ones(96, 2)), {}, "hold NaN"),
         (_pair(torch.ones(2, 96), torch.ones(96, 3)), {}, r"\[2, 96\] and \[96, 3\]; they must be"),
         (_pair(torch.ones(96), torch.ones(96, 1)), {}, r"\[96\] and \[96, 1\]"),
+        (_pair(torch.ones(2, 96).to(torch.float8_e4m3fn), torch.ones(96, 2)), {}, "not 8-bit ones"),
+        (_pair(torch.ones(0, 96), torch.ones(96, 0)), {}, r"has the shape \[.*0.*\]"),
+        (GOOD | {"diffusion_model." + key[12:]: value.clone() for key, value in GOOD.items()}, {}, "twice"),
+        (GOOD | {f"transformer.{MODULE[:-1]}k.alpha": torch.ones(1)}, {}, "and no factors of it"),
+        (
+            {key.replace("transformer.", "base_model.model.", 1): value for key, value in GOOD.items()},
+            {},
+            "adapter_config.json, which is not here",
+        ),
+        (_pair(torch.ones(2, 96), torch.ones(96, 2), MODULE.replace("0", "00")), {}, "adapters change"),
+        (GOOD, {"lora_adapter_metadata": '{"lora_alpha": 1' + "0" * 400 + "}"}, "alpha of .* is 1"),
+        (GOOD, {"lora_adapter_metadata": '{"alpha_pattern": {".*to_q": 1}}'}, "an expression"),
+        (GOOD, {"proteus_adapter": "x" * (1 << 20)}, "its header would have"),
         (_pair(torch.ones(2, 96), torch.ones(64, 2)), {}, r"widths \[64, 96\]"),
         (_pair(torch.ones(2, 9, dtype=torch.int8), torch.ones(9, 2)), {}, "whole numbers"),
         (
@@ -140,7 +195,11 @@ GOOD = _pair(torch.ones(2, 96), torch.ones(96, 2))
         (GOOD, {"proteus_adapter": "{"}, "not readable JSON"),
         (GOOD, {"proteus_adapter": '{"schema_version": 2}'}, "schema_version 2; this release reads 1"),
         (GOOD, {"proteus_adapter": '{"schema_version": 1, "gate": [5, 2]}'}, "0 <= low < high <= 1000"),
-        (GOOD, {"proteus_adapter": '{"schema_version": 1, "gate": [0, 9], "base": 3}'}, "base is 3"),
+        (
+            GOOD,
+            {"proteus_adapter": '{"schema_version": 1, "gate": [0, 9], "base": "f"}'},
+            "base is 'f'; it must be a sha256",
+        ),
         (GOOD, {"lora_adapter_metadata": '{"transformer.lora_alpha": NaN}'}, "alpha of .* is nan"),
         (GOOD, {"lora_adapter_metadata": '{"transformer.use_dora": true}'}, "DoRA"),
         (GOOD, {"lora_adapter_metadata": '{"transformer.peft_type": "LOHA"}'}, "only LORA is read"),
@@ -153,6 +212,10 @@ def test_broken_files(
     with pytest.raises(AdapterError, match=message) as caught:
         read_adapter(file)
     assert str(file) in str(caught.value)
+    with pytest.raises(AdapterError, match=message) as caught:
+        parse_adapter(file.read_bytes(), name="upload")
+    assert str(caught.value).startswith("upload")
+    assert "upload: upload" not in str(caught.value)
 
 
 def test_no_pickle_is_opened(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 import torch
 from fastapi.testclient import TestClient
 
@@ -17,7 +18,9 @@ from proteus_deploy.adapters import Adapter, TimestepGate, save_adapter
 from proteus_deploy.adapters.adapter import Factors
 from proteus_deploy.checkpoint import Checkpoint
 from proteus_deploy.serving.adapter_store import AdapterMemory, AdapterStore, TooManyAdapters
-from proteus_deploy.serving.jobs import JobResult
+from proteus_deploy.serving.create_video import CreateVideo
+from proteus_deploy.serving.jobs import JobResult, request_hash
+from proteus_deploy.serving.schema import jobs
 from proteus_deploy.serving.service import Service
 from proteus_deploy.stage_table import ExportRanges, build_stage_table
 from proteus_deploy.tiny.trained import MODEL
@@ -87,6 +90,35 @@ def test_from_upload_to_a_video(
     assert client.delete(f"/v1/adapters/{made['id']}").json()["deleted"]
     assert "may have been deleted" in _error(client.get(f"/v1/adapters/{made['id']}"), 404)
     assert client.get(f"/v1/videos/{video['id']}").json()["adapters"] == shown
+
+
+def test_deleted_before_the_job_is_queued(
+    service: Service, upload: Any, create: Any, file_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = upload(file_of()).json()["id"]
+    submit = service.store.submit
+
+    def late(owner: str, *rest: Any, **more: Any) -> Any:
+        service.adapters.delete(known, owner)
+        return submit(owner, *rest, **more)
+
+    monkeypatch.setattr(service.store, "submit", late)
+    assert "may have been deleted" in _error(create(adapters=json.dumps([{"id": known}])), 404)
+
+
+def test_a_request_without_adapters_is_what_it_was(service: Service, create: Any) -> None:
+    """A client may repeat it over the upgrade that brought adapters."""
+    first = create(headers={"Idempotency-Key": "k"}).json()
+    known = service.store.get(first["id"])
+    with service.engine.connect() as connection:
+        query = sa.select(jobs.c.request_hash).where(jobs.c.number == known.number)
+        found = connection.scalar(query)
+    body = CreateVideo.model_validate({"prompt": "a person waves", "num_inference_steps": 2}).model_dump()
+    del body["adapters"]
+    claim = service.store.claim("w", lease_s=60)
+    assert claim is not None
+    photo = service.store.photo(claim)
+    assert found == request_hash(body | {"input_reference": None}, photo)
 
 
 def test_refused_uploads(client: TestClient, service: Service, upload: Any, file_of: Any) -> None:
