@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,8 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         checkpoint = open_size(options.size, folder)
         backbone = checkpoint.transformer.backbone
         adapter = _made_up(backbone, options.rank)
-        stacked = stack_adapters([(AdapterUse(adapter),)], backbone, torch.float32, torch.device("cpu"))
-        assert stacked is not None
+        active = _inputs_of(adapter, backbone)
         _report("export the denoiser without room for adapters")
         plain = _open(checkpoint, build_stage_table(checkpoint), folder / "plain.onnx")
         _report(f"export it with room for rank {options.rank}")
@@ -65,7 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         samples = sample_inputs(table.graph("denoiser"), table.sizes("opt"))
         inputs = {name: value for name, value in samples.items() if name not in ADAPTER_INPUTS}
         idle = idle_adapters(table.graph("denoiser"), torch.float32, torch.device("cpu"))
-        active = stacked.at(_TIMESTEP, len(inputs["latents"]))
         steps = {
             "without room": _step(plain, inputs),
             "idle": _step(roomy, inputs | idle),
@@ -125,6 +122,14 @@ def _made_up(config: BackboneConfig, rank: int) -> Adapter:
     return Adapter({name: Factors(factor(rank, width), factor(width, rank)) for name in modules})
 
 
+def _inputs_of(adapter: Adapter, config: BackboneConfig) -> dict[str, Tensor]:
+    """Of the denoiser, for one video, with no more room than the adapter's own rank."""
+    uses, cpu = [(AdapterUse(adapter),)], torch.device("cpu")
+    stacked = stack_adapters(uses, config, torch.float32, cpu, most=adapter.rank)
+    assert stacked is not None
+    return stacked.at(_TIMESTEP, 2)
+
+
 def _open(checkpoint: Checkpoint, table: StageTable, file: Path) -> OnnxRuntimeGraph:
     graph = table.graph("denoiser")
     network = NetworkFactory(checkpoint, folded=True)("denoiser")
@@ -140,14 +145,9 @@ def _swaps(adapter: Adapter, config: BackboneConfig, file: Path, rounds: int) ->
     """Seconds until the denoiser's inputs are there."""
     save_adapter(adapter, file)
 
-    def stack(chosen: Adapter) -> Any:
-        stacked = stack_adapters([(AdapterUse(chosen),)], config, torch.float32, torch.device("cpu"))
-        assert stacked is not None
-        return stacked.at(_TIMESTEP, 2)
-
-    swaps: dict[str, Callable[[], Any]] = {
-        "file": lambda: stack(read_adapter(file)),
-        "memory": lambda: stack(adapter),
+    swaps: dict[str, Callable[[], object]] = {
+        "file": lambda: _inputs_of(read_adapter(file), config),
+        "memory": lambda: _inputs_of(adapter, config),
     }
     return interleave(swaps, rounds)
 

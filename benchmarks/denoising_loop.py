@@ -13,7 +13,7 @@ P identity-prompt tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,7 +63,6 @@ class LoopInputs:
     text: Tensor
     image: Tensor
     noise: Tensor
-    adapters: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -168,8 +167,8 @@ class _Exact:
         return self._tokens[index : index + 1]
 
     def adapters(self, timestep: int, rows: int) -> Mapping[str, Tensor]:  # noqa: ARG002 - as the loop asks
-        """What the loop was given for every step; without any, a bundle with room for adapters idles."""
-        return self._inputs.adapters
+        """None: a bundle with room for some idles."""
+        return {}
 
     def _fuse(self) -> tuple[Tensor, Tensor | None]:
         """(text of the denoiser, fused tokens): MIF."""

@@ -16,7 +16,7 @@ from proteus_deploy.adapters.inputs import check_rank, check_room
 from proteus_deploy.errors import AdapterError
 from proteus_deploy.serving.access import KeyOf, OwnerOf, ServiceOf
 from proteus_deploy.serving.answers import ApiError
-from proteus_deploy.serving.api_document import AdapterObject, AdapterPage, Deleted, answers
+from proteus_deploy.serving.api_document import AdapterObject, AdapterPage, Deleted, answers, page_of
 from proteus_deploy.serving.create_video import CreateAdapter, CreateVideo, read_body
 
 if TYPE_CHECKING:
@@ -80,8 +80,7 @@ def add_adapter_routes(app: FastAPI) -> None:
         """The adapters, newest first; `after` is the last id of the page before."""
         found, more = service.adapters.list(owner, after=after, limit=limit)
         data = [adapter.to_json() for adapter in found]
-        first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
-        return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": more}
+        return page_of(data, more=more)
 
     @app.get("/v1/adapters/{adapter_id}", responses=answers(AdapterObject, 404))
     def get(adapter_id: str, service: ServiceOf, owner: OwnerOf) -> dict[str, Any]:

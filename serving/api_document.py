@@ -24,6 +24,7 @@ __all__ = [
     "answers",
     "describe_api",
     "errors",
+    "page_of",
 ]
 
 
@@ -196,6 +197,12 @@ _MEANINGS = {
     504: "The deadline passed before the video was finished",
 }
 _CREATING = (400, 403, 404, 409, 413, 415, 429, 503)
+
+
+def page_of(data: list[dict[str, Any]], *, more: bool) -> dict[str, Any]:
+    """A page of a list, as the models above describe it. more: whether others follow."""
+    first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+    return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": more}
 
 
 def errors(*statuses: int, creating: bool = False) -> dict[int | str, dict[str, Any]]:

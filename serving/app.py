@@ -21,6 +21,7 @@ from proteus_deploy.serving.api_document import (
     answers,
     describe_api,
     errors,
+    page_of,
 )
 from proteus_deploy.serving.body_limit import BodyLimit
 from proteus_deploy.serving.character_routes import add_character_routes
@@ -130,8 +131,7 @@ def _add_job_routes(app: FastAPI) -> None:
         """The videos, newest first; `after` is the last id of the page before."""
         jobs, more = service.store.page(owner, after=after, limit=limit, order=order)
         data = [video_object(service, job) for job in jobs]
-        first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
-        return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": more}
+        return page_of(data, more=more)
 
     @app.get("/v1/videos/{video_id}", responses=answers(VideoObject, 404))
     def get(video_id: str, service: ServiceOf, owner: OwnerOf) -> dict[str, Any]:

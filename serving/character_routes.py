@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 
 from proteus_deploy.serving.access import KeyOf, OwnerOf, ServiceOf
 from proteus_deploy.serving.answers import ApiError
-from proteus_deploy.serving.api_document import CharacterObject, CharacterPage, Deleted, answers
+from proteus_deploy.serving.api_document import CharacterObject, CharacterPage, Deleted, answers, page_of
 from proteus_deploy.serving.create_video import CreateCharacter, CreateVideo, read_body
 
 if TYPE_CHECKING:
@@ -98,8 +98,7 @@ def add_character_routes(app: FastAPI) -> None:
         """The characters, newest first; `after` is the last id of the page before."""
         found, more = service.characters.list(owner, after=after, limit=limit)
         data = [character.to_json() for character in found]
-        first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
-        return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": more}
+        return page_of(data, more=more)
 
     @app.get("/v1/characters/{character_id}", responses=answers(CharacterObject, 404))
     def get(character_id: str, service: ServiceOf, owner: OwnerOf) -> dict[str, Any]:

@@ -40,8 +40,8 @@ _MAX_FIELDS = 64
 _MAX_ADAPTERS = 8
 _PHOTO_FIELD = "input_reference"
 # Fields of the body that are no fields of a GenerateRequest, or are made into others.
-_NOT_THE_PIPELINES = {"model", "seconds", "size", "input_reference", "character", "timeout_s", "plan"}
-_NOT_THE_PIPELINES |= {"adapters"}
+_NOT_THE_PIPELINES = {"model", "seconds", "size", "input_reference", "character", "timeout_s"}
+_NOT_THE_PIPELINES |= {"plan", "adapters"}  # read by themselves
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 _DATA_URL = re.compile(r"data:image/[a-z.+-]+;base64,", re.IGNORECASE)
 

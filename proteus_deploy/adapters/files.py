@@ -38,9 +38,7 @@ _MAX_BYTES = 4 << 30  # rank 512 of the published size, in float32, is half of i
 _PEFTS = "base_model.model."
 _DAMAGED = "it is damaged, incomplete or another format"
 _FILE_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-_PREFIX = re.compile(
-    r"^(?:base_model\.model\.)?(?:transformer\.(?=transformer_blocks|\w+\.)|diffusion_model\.)?"
-)
+_PREFIX = re.compile(r"^(?:base_model\.model\.)?(?:transformer\.|diffusion_model\.)?")
 _FACTOR = re.compile(r"(.+?)\.(?:lora_(A|B)(?:\.default)?|lora\.(down|up)|lora_(down|up))\.weight")
 
 
@@ -56,7 +54,8 @@ def read_adapter(path: str | Path) -> Adapter:
     try:
         with file.open("rb") as stream:
             header = read_lora_header(stream)
-        config = read_json(beside, error=AdapterError) if _is_pefts(file) and beside.is_file() else None
+        pefts = file.name == _FILE_NAMES[0] and beside.is_file()
+        config = read_json(beside, error=AdapterError) if pefts else None
         with safe_open(file, framework="pt") as handle:
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
         name = file.stem if file.name not in _FILE_NAMES else file.parent.name
@@ -79,7 +78,8 @@ def parse_adapter(data: bytes, *, name: str) -> Adapter:
         raise AdapterError(f"{name} can't be read as safetensors ({error}); {_DAMAGED}") from error
     except AdapterError as error:
         text = str(error)
-        raise AdapterError(text if text.startswith(name) else f"{name}: {text}") from error
+        named = text.startswith((f"{name}: ", f"{name} "))
+        raise AdapterError(text if named else f"{name}: {text}") from error
 
 
 def _adapter(
@@ -92,10 +92,6 @@ def _adapter(
             "folder that has both, with read_adapter, and write one file with save_adapter"
         )
     return Adapter(_factors(tensors, scales), **our_metadata(header), name=name)
-
-
-def _is_pefts(file: Path) -> bool:
-    return file.name == _FILE_NAMES[0]
 
 
 def save_adapter(adapter: Adapter, file: Path) -> None:

@@ -44,9 +44,13 @@ class AdapterInputs:
         """The inputs of a step: one row for one video, else one for each of `rows` (B or 2B)."""
         scale = torch.tensor([self._scales(uses, timestep) for uses in self.uses], dtype=torch.float32)
         repeats = 1 if len(self.uses) == 1 else rows // len(self.uses)
-        if repeats not in self._rows:
-            self._rows[repeats] = (self.down.repeat(repeats, 1, 1, 1, 1), self.up.repeat(repeats, 1, 1, 1, 1))
-        down, up = self._rows[repeats] if repeats > 1 else (self.down, self.up)
+        if repeats == 1:
+            down, up = self.down, self.up
+        elif repeats in self._rows:
+            down, up = self._rows[repeats]
+        else:
+            down, up = (factors.repeat(repeats, 1, 1, 1, 1) for factors in (self.down, self.up))
+            self._rows[repeats] = down, up
         values = (down, up, scale.to(down.device).repeat(repeats, 1))
         return dict(zip(ADAPTER_INPUTS, values, strict=True))
 

@@ -14,14 +14,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from proteus_deploy.denoising import StepResult, denoising_steps
 from proteus_deploy.errors import InputError
 from proteus_deploy.guidance import guidance_scale
 from proteus_deploy.network_factory import NetworkFactory
 from proteus_deploy.policies.plan_run import PlanRun
-from proteus_deploy.runtime.backend import bind_sizes
+from proteus_deploy.runtime.eager import EagerGraph
 from proteus_deploy.stage_calls import DenoiserStage
 from proteus_deploy.stage_table import ExportRanges, build_stage_table
 from proteus_deploy.vae_decode import chunks, decode
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from proteus_deploy.checkpoint import Checkpoint
     from proteus_deploy.conditioning import Condition
     from proteus_deploy.pipeline import LoopStart
+    from proteus_deploy.runtime.backend import Runner
     from proteus_deploy.schedulers import Stepper
-    from proteus_deploy.stages import Graph
 
 __all__ = ["AdapterAt", "DifferentiableBackend", "Head", "TailSampler"]
 
@@ -50,34 +50,21 @@ class DifferentiableBackend:
         self.device, self.dtype = torch.device(device), torch.float32
         self.table = build_stage_table(checkpoint, ExportRanges(max_videos=64), optional_adapters=True)
         self._factory = NetworkFactory(checkpoint)
-        self._runners: dict[str, _Graph] = {}
+        self._graphs: dict[str, EagerGraph] = {}
 
-    def runner(self, graph: str) -> _Graph:
+    def runner(self, graph: str) -> Runner:
         """Its weights are read on first use."""
-        if graph not in self._runners:
+        if graph not in self._graphs:
             with torch.inference_mode(False):
                 module = self._factory(graph).materialise(self.dtype, self.device)
-            self._runners[graph] = _Graph(self.table.graph(graph), module)
-        return self._runners[graph]
+            self._graphs[graph] = EagerGraph(self.table.graph(graph), module)
+        return self._graphs[graph].run
 
     def release(self, graph: str) -> None:
-        self._runners.pop(graph, None)
+        self._graphs.pop(graph, None)
 
     def close(self) -> None:
-        self._runners.clear()
-
-
-@dataclass(frozen=True, eq=False)
-class _Graph:
-    graph: Graph
-    module: nn.Module
-
-    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """Raises InputError when names or shapes break the contract."""
-        bind_sizes(self.graph, inputs, broadcast=True)
-        outputs = self.module(*(inputs.get(spec.name) for spec in self.graph.inputs))
-        values = outputs if isinstance(outputs, tuple) else (outputs,)
-        return {spec.name: value for spec, value in zip(self.graph.outputs, values, strict=True)}
+        self._graphs.clear()
 
 
 @dataclass(frozen=True, eq=False)

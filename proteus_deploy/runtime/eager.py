@@ -178,6 +178,10 @@ class EagerGraph:
 
     @torch.inference_mode()
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """As `run`, without gradients."""
+        return self.run(**inputs)
+
+    def run(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Raises InputError when names or shapes break the contract, BackendError for sizes that aren't
         compiled and can't be."""
         sizes = bind_sizes(self.graph, inputs, broadcast=True)

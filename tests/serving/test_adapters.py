@@ -184,12 +184,21 @@ def test_a_bundle_has_room_for_some(service: Service, upload: Any, create: Any, 
     assert "export it again with --max-lora-rank" in _error(upload(file_of()), 400)
 
 
-def test_another_keys_adapter_is_nobodys(service: Service, create: Any, file_of: Any) -> None:
+def test_another_keys_adapter_is_nobodys(
+    client: TestClient, service: Service, create: Any, file_of: Any
+) -> None:
     from proteus_deploy.adapters.files import parse_adapter
 
     data = file_of()
     theirs = service.adapters.create("bert", data, parse_adapter(data, name="b"), name="b")
     assert "there is no adapter" in _error(create(adapters=json.dumps([{"id": theirs.id}])), 404)
+    for answer in (
+        client.get(f"/v1/adapters/{theirs.id}"),
+        client.delete(f"/v1/adapters/{theirs.id}"),
+        client.get("/v1/adapters", params={"after": theirs.id}),
+    ):
+        assert "there is no adapter" in _error(answer, 404)
+    assert client.get("/v1/adapters").json()["data"] == []
 
 
 def test_limits_of_store_and_memory(service: Service, file_of: Any) -> None:
