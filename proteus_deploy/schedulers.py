@@ -36,6 +36,15 @@ class Stepper:
         self.timesteps: Tensor = self._scheduler.timesteps.cpu()
 
     @property
+    def remembered(self) -> Tensor | None:
+        """What the next step needs of the last one (DPM-Solver++'s clean prediction), to go on elsewhere."""
+        return self._previous
+
+    def recall(self, remembered: Tensor | None) -> None:
+        """Go on where another stepper of the same schedule was."""
+        self._previous = remembered
+
+    @property
     def init_noise_sigma(self) -> float:
         return float(self._scheduler.init_noise_sigma)
 

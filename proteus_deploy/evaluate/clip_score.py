@@ -83,6 +83,25 @@ class ClipEncoder:
                 features.append(self._model.visual_projection(pooled).float().cpu())
         return _normalised(torch.cat(features))
 
+    def differentiable_features(self, frames: Tensor) -> Tensor:
+        """float [F, 3, H, W] in [0, 1] -> float32 [F, D] of norm 1, with gradients to the frames.
+
+        Resized by PyTorch's bicubic filter, which is Pillow's but for the rounding to whole levels.
+        """
+        import torch
+        from torch.nn import functional
+
+        (width, height), box = self._resizing(frames.shape[2], frames.shape[3])
+        pixels = functional.interpolate(
+            frames.float(), size=(height, width), mode="bicubic", align_corners=False, antialias=True
+        )
+        pixels = pixels[..., box[1] : box[3], box[0] : box[2]].clamp(0, 1)
+        mean, deviation = (
+            torch.from_numpy(one).to(frames.device)[:, None, None] for one in (self._mean, self._std)
+        )
+        pooled = self._model.vision_model(pixel_values=(pixels - mean) / deviation).pooler_output
+        return functional.normalize(self._model.visual_projection(pooled).float(), dim=-1)
+
     def text_features(self, prompt: str) -> NDArray[np.float32]:
         """A prompt -> float32 [1, D] of norm 1; what is beyond `max_tokens` (77) is cut off."""
         import torch
@@ -100,18 +119,21 @@ class ClipEncoder:
         import torch
         from PIL import Image
 
-        height, width = frames.shape[1:3]
-        short = min(height, width)
-        # The longer side is rounded down, as CLIP's own preparation does.
-        size = (int(self.side * width / short), int(self.side * height / short))
-        left, top = (size[0] - self.side) // 2, (size[1] - self.side) // 2
-        box = (left, top, left + self.side, top + self.side)
+        size, box = self._resizing(*frames.shape[1:3])
         images = [
             Image.fromarray(np.ascontiguousarray(frame)).resize(size, Image.Resampling.BICUBIC).crop(box)
             for frame in frames
         ]
         pixels = np.stack([np.asarray(image, dtype=np.float32) for image in images]) / np.float32(255)
         return torch.from_numpy((pixels - self._mean) / self._std).permute(0, 3, 1, 2).contiguous()
+
+    def _resizing(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+        """(width, height) after resizing, and the middle square of it: left, top, right, bottom."""
+        short = min(height, width)
+        # The longer side is rounded down, as CLIP's own preparation does.
+        size = (int(self.side * width / short), int(self.side * height / short))
+        left, top = (size[0] - self.side) // 2, (size[1] - self.side) // 2
+        return size, (left, top, left + self.side, top + self.side)
 
 
 def clip_score(

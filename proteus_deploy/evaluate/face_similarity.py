@@ -122,6 +122,10 @@ class FacePack:
         crop = _crop(image, landmarks - (across, down), CROP_SIDE)
         return MeasuredFace(self._embed(padded, landmarks), crop, padded=True)
 
+    def landmarks(self, image: NDArray[np.uint8]) -> NDArray[np.float64] | None:
+        """Eyes, nose tip and mouth corners [5, 2] (x, y) of the largest face of an RGB image; None without."""
+        return self._largest(np.ascontiguousarray(image[:, :, ::-1]))
+
     def _largest(self, bgr: NDArray[np.uint8]) -> NDArray[np.float64] | None:
         boxes, landmarks = self._detector.detect(bgr)
         if not len(boxes):

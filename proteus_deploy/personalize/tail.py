@@ -19,52 +19,21 @@ from torch import Tensor
 from proteus_deploy.denoising import StepResult, denoising_steps
 from proteus_deploy.errors import InputError
 from proteus_deploy.guidance import guidance_scale
-from proteus_deploy.network_factory import NetworkFactory
 from proteus_deploy.policies.plan_run import PlanRun
-from proteus_deploy.runtime.eager import EagerGraph
 from proteus_deploy.stage_calls import DenoiserStage
-from proteus_deploy.stage_table import ExportRanges, build_stage_table
 from proteus_deploy.vae_decode import chunks, decode
 
 if TYPE_CHECKING:
     from proteus_deploy.adapters import TimestepGate
-    from proteus_deploy.checkpoint import Checkpoint
     from proteus_deploy.conditioning import Condition
+    from proteus_deploy.personalize.networks import DifferentiableBackend
     from proteus_deploy.pipeline import LoopStart
-    from proteus_deploy.runtime.backend import Runner
     from proteus_deploy.schedulers import Stepper
 
-__all__ = ["AdapterAt", "DifferentiableBackend", "Head", "TailSampler"]
+__all__ = ["AdapterAt", "Head", "TailSampler"]
 
 # (timestep, rows) -> the denoiser's inputs of the adapter, with gradients
 AdapterAt = Callable[[int, int], Mapping[str, Tensor]]
-
-
-class DifferentiableBackend:
-    """Networks of a checkpoint in float32 PyTorch that gradients pass through; their weights take none."""
-
-    name = "differentiable"
-    checks_ranges = False
-
-    def __init__(self, checkpoint: Checkpoint, *, device: str | torch.device = "cpu") -> None:
-        self.device, self.dtype = torch.device(device), torch.float32
-        self.table = build_stage_table(checkpoint, ExportRanges(max_videos=64), optional_adapters=True)
-        self._factory = NetworkFactory(checkpoint)
-        self._graphs: dict[str, EagerGraph] = {}
-
-    def runner(self, graph: str) -> Runner:
-        """Its weights are read on first use."""
-        if graph not in self._graphs:
-            with torch.inference_mode(False):
-                module = self._factory(graph).materialise(self.dtype, self.device)
-            self._graphs[graph] = EagerGraph(self.table.graph(graph), module)
-        return self._graphs[graph].run
-
-    def release(self, graph: str) -> None:
-        self._graphs.pop(graph, None)
-
-    def close(self) -> None:
-        self._graphs.clear()
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,11 +119,11 @@ class TailSampler:
                 latents = next(loop).latents
         return latents
 
-    def frames(self, head: Head, latents: Tensor) -> Tensor:
-        """The first frames [K, 3, H, W] in [0, 1], those of the decoder's first chunk, with gradients."""
-        first = chunks(latents.shape[1])[0][1]
-        part = latents[:, :first].transpose(1, 2) / head.start.vae_scale
-        decoded = decode(self._backend, part)
+    def frames(self, head: Head, latents: Tensor, *, whole: bool = False) -> Tensor:
+        """Frames [K, 3, H, W] float32 in [0, 1], with gradients: of the decoder's first chunk, or all."""
+        count = latents.shape[1] if whole else chunks(latents.shape[1])[0][1]
+        part = latents[:, :count].transpose(1, 2) / head.start.vae_scale
+        decoded = decode(self._backend, part.to(self._backend.dtype)).float()
         return (decoded[0].transpose(0, 1) / 2 + 0.5).clamp(0, 1)
 
     def _loop(

@@ -14,7 +14,8 @@ from proteus_deploy import GenerateRequest, Pipeline
 from proteus_deploy.adapters import TimestepGate
 from proteus_deploy.checkpoint import Checkpoint
 from proteus_deploy.errors import InputError
-from proteus_deploy.personalize.tail import DifferentiableBackend, Head, TailSampler
+from proteus_deploy.personalize.networks import DifferentiableBackend
+from proteus_deploy.personalize.tail import Head, TailSampler
 
 STEPS = 5
 GATE = TimestepGate(0, 500)  # of the timesteps 999, 799, 599, 399 and 199 the last two
@@ -22,7 +23,7 @@ GATE = TimestepGate(0, 500)  # of the timesteps 999, 799, 599, 399 and 199 the l
 
 @pytest.fixture(scope="module")
 def backend(parity: Path) -> DifferentiableBackend:
-    return DifferentiableBackend(Checkpoint.open(parity / "checkpoint"))
+    return DifferentiableBackend.of_checkpoint(Checkpoint.open(parity / "checkpoint"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,119 @@
+"""How much the faces of frames look like the photo's, with gradients to the pixels.
+
+Faces are found by a detector without gradients; crops and recogniser carry them. The recogniser is the
+CurricularFace network of the encoders: FaceSim by ArcFace (`face_sim_arc`) then remains a measure that the
+adapter was not trained on. PersonalVideo rewards with an ArcFace network and doesn't say by
+which its tables are measured.
+
+Axes: K frames, V crops of each, d numbers of an embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+from proteus_deploy.errors import InputError
+from proteus_deploy.evaluate.face_similarity import face_embeddings, face_similarity, photo_embeddings
+from proteus_deploy.evaluate.ir_backbone import INPUT_SIDE
+from proteus_deploy.identity.alignment import similarity_between
+from proteus_deploy.identity.faces import RECOGNISER_TEMPLATE
+from proteus_deploy.personalize.face_crop import warp_faces
+from proteus_deploy.personalize.rewards import identity_loss
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from proteus_deploy.evaluate.encoders import Encoders
+
+__all__ = ["FaceReward"]
+
+# Standard deviations of what differs between views of one face, on its crop of 112 pixels.
+_TURN = 0.06  # radians
+_LOG_SCALE = 0.06
+_SHIFT = 3.0  # pixels
+_LOG_GAIN = 0.08  # of each colour
+_BRIGHTNESS = 0.04
+
+
+class FaceReward:
+    """faces: frames looked at in each video; views: differing crops of each face.
+
+    Raises InputError where the encoders lack the detector or the recogniser, PhotoError for a photo without
+    a face.
+    """
+
+    def __init__(self, encoders: Encoders, photo: NDArray[np.uint8], *, faces: int, views: int) -> None:
+        for part in ("faces", "curricular"):
+            if getattr(encoders, part) is None:
+                reason = encoders.reason(part)
+                raise InputError(f"the identity reward needs a detector and a recogniser: {reason}")
+        assert encoders.faces is not None
+        assert encoders.curricular is not None
+        self._pack, self._recogniser = encoders.faces, encoders.curricular.eval().requires_grad_(False)
+        self._faces, self._views = faces, views
+        found = photo_embeddings(photo, self._pack, self._recogniser)
+        self._reference = torch.from_numpy(cast("NDArray[np.float32]", found.cur)[0])
+
+    @property
+    def hash(self) -> str:
+        """sha256 over the recogniser's weights."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self._recogniser.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def loss(self, frames: Tensor, generator: Generator) -> Tensor | None:
+        """1 - cosine, mean over crops of some of the frames [K, 3, H, W] in [0, 1]; None without any face.
+
+        Which frames, and how their views differ, comes from the generator.
+        """
+        chosen = torch.randperm(len(frames), generator=generator)[: self._faces].tolist()
+        kept, warps = [], []
+        for index in chosen:
+            landmarks = self._pack.landmarks(_picture(frames[index]))
+            if landmarks is not None:
+                kept += [index] * self._views
+                warps += [similarity_between(landmarks, np.asarray(RECOGNISER_TEMPLATE))] * self._views
+        if not kept:
+            return None
+        crops = warp_faces(frames[kept], _differing(np.stack(warps), generator), INPUT_SIDE)
+        crops = _tinted(crops, generator)
+        mirrored = torch.rand(len(crops), generator=generator) < 0.5
+        crops = torch.where(mirrored[:, None, None, None].to(crops.device), crops.flip(-1), crops)
+        return identity_loss(self._reference.to(crops.device), self._recogniser((crops - 0.5) / 0.5))
+
+    def similarity(self, frames: NDArray[np.uint8]) -> float:
+        """Mean cosine of the faces of a video, uint8 [F, H, W, 3], as `face_sim_cur` has it; 0 without."""
+        found = face_embeddings(frames, self._pack, self._recogniser)
+        vectors = cast("NDArray[np.float32]", found.cur)
+        return face_similarity(self._reference.numpy()[None], vectors, clipped=False)
+
+
+def _picture(frame: Tensor) -> NDArray[np.uint8]:
+    levels = (frame.detach() * 255).round().to(torch.uint8)
+    return np.ascontiguousarray(levels.permute(1, 2, 0).cpu().numpy())
+
+
+def _differing(warps: NDArray[np.float64], generator: Generator) -> Tensor:
+    """Warps [K, 2, 3] followed each by a small turn, scale and shift about the middle of the crop."""
+    normal = torch.randn(4, len(warps), generator=generator, dtype=torch.float64)
+    angle, scale = normal[0] * _TURN, (normal[1] * _LOG_SCALE).exp()
+    cosine, sine = scale * angle.cos(), scale * angle.sin()
+    turn = torch.stack((cosine, -sine, sine, cosine), dim=1).reshape(-1, 2, 2)
+    middle = torch.full((2, 1), (INPUT_SIDE - 1) / 2, dtype=torch.float64)
+    shift = middle - turn @ middle + normal[2:].T[:, :, None] * _SHIFT
+    own = torch.as_tensor(warps)
+    return torch.cat((turn @ own[:, :, :2], turn @ own[:, :, 2:] + shift), dim=2)
+
+
+def _tinted(crops: Tensor, generator: Generator) -> Tensor:
+    gains = (torch.randn(len(crops), 3, 1, 1, generator=generator) * _LOG_GAIN).exp()
+    brightness = torch.randn(len(crops), 1, 1, 1, generator=generator) * _BRIGHTNESS
+    return F.hardtanh(crops * gains.to(crops.device) + brightness.to(crops.device), 0.0, 1.0)

@@ -1,0 +1,43 @@
+"""The model that an adapter is trained on, opened from a checkpoint or a bundle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from proteus_deploy.adapters.inputs import check_room
+from proteus_deploy.bundle import Bundle
+from proteus_deploy.checkpoint import Checkpoint
+from proteus_deploy.personalize.networks import DifferentiableBackend
+from proteus_deploy.pipeline import Pipeline
+from proteus_deploy.runtime import open_bundle_backend
+
+__all__ = ["PersonalModel"]
+
+
+@dataclass(frozen=True, eq=False)
+class PersonalModel:
+    """A pipeline on networks that carry gradients. base: hash of the checkpoint."""
+
+    pipeline: Pipeline
+    backend: DifferentiableBackend
+    base: str
+
+    @classmethod
+    def from_checkpoint(cls, folder: str | Path, **options: Any) -> Self:
+        """options: device, dtype and gradient_checkpointing of `DifferentiableBackend`."""
+        checkpoint = Checkpoint.open(folder)
+        backend = DifferentiableBackend.of_checkpoint(checkpoint, **options)
+        parts = (checkpoint.vae, checkpoint.scheduler, checkpoint.tokenizer, checkpoint.face_encoder)
+        return cls(Pipeline(backend, checkpoint.transformer, *parts), backend, checkpoint.hash)
+
+    @classmethod
+    def from_bundle(cls, folder: str | Path | Bundle, **options: Any) -> Self:
+        """What needs no gradients runs on ONNX Runtime. Raises as `DifferentiableBackend.of_bundle`."""
+        bundle = folder if isinstance(folder, Bundle) else Bundle.open(folder)
+        check_room(bundle.table, bundle.transformer.backbone)
+        others = open_bundle_backend(bundle, "onnxruntime")
+        backend = DifferentiableBackend.of_bundle(bundle, others, **options)
+        pipeline = Pipeline.from_bundle(bundle, backend=backend)
+        return cls(pipeline, backend, str(bundle.manifest["checkpoint"]["hash"]))

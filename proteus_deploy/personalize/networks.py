@@ -1,0 +1,170 @@
+"""The networks that gradients pass through, from a checkpoint or out of a bundle's own graphs.
+
+A bundle keeps the denoiser's and the decoder's weights in its ONNX files under their published names, so an
+adapter can be trained on the very weights that it will be served with. Everything else of a bundle (text
+encoder, identity, VAE encoder) runs as it is, without gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from proteus_deploy.adapters.inputs import check_room
+from proteus_deploy.errors import BundleError, InputError
+from proteus_deploy.model.networks import (
+    Network,
+    VaeDecoderChunk,
+    cache_layout,
+    transformer_networks,
+    vae_on_meta,
+)
+from proteus_deploy.network_factory import NetworkFactory
+from proteus_deploy.runtime.eager import EagerGraph
+from proteus_deploy.stage_table import ExportRanges, build_stage_table
+from proteus_deploy.weights import check_keys
+
+if TYPE_CHECKING:
+    from proteus_deploy.bundle import Bundle
+    from proteus_deploy.checkpoint import Checkpoint
+    from proteus_deploy.runtime.backend import Backend, Runner
+    from proteus_deploy.stages import StageTable
+
+__all__ = ["DifferentiableBackend", "OnnxWeights"]
+
+_MOST_VIDEOS = 64
+
+
+class DifferentiableBackend:
+    """Networks in PyTorch that gradients pass through; their weights take none.
+
+    gradient_checkpointing: activations inside blocks of the denoiser and the decoder are computed again on
+    the way back, for a third more time and a small part of the memory.
+    """
+
+    name = "differentiable"
+    checks_ranges = False
+
+    def __init__(
+        self,
+        table: StageTable,
+        network: Callable[[str], Network],
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        gradient_checkpointing: bool = False,
+        others: Backend | None = None,
+    ) -> None:
+        """network: makes that of a graph. others: runs every graph but denoiser and decoder, where given."""
+        self.table, self.device, self.dtype = table, torch.device(device), dtype
+        self._network, self._others = network, others
+        self._gradient_checkpointing = gradient_checkpointing
+        self._graphs: dict[str, EagerGraph] = {}
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Checkpoint, **options: Any) -> Self:
+        """options: device, dtype, gradient_checkpointing."""
+        table = build_stage_table(checkpoint, ExportRanges(max_videos=_MOST_VIDEOS), optional_adapters=True)
+        return cls(table, NetworkFactory(checkpoint), **options)
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle, others: Backend, **options: Any) -> Self:
+        """others: an opened backend of the bundle. options: as above; the table is the bundle's own.
+
+        Raises AdapterError for a bundle without room for adapters, BundleError for a quantised one: its
+        weights are no longer the network's.
+        """
+        check_room(bundle.table, bundle.transformer.backbone)
+        quantised = [name for name, one in bundle.manifest["graphs"].items() if one.get("quantization")]
+        if quantised:
+            raise BundleError(
+                f"{bundle.folder} is quantised ({', '.join(sorted(quantised))}), and rounded weights give no "
+                "gradients; train on the checkpoint or a bundle without --quantize: the adapter runs on both"
+            )
+        return cls(bundle.table, partial(_bundle_network, bundle), others=others, **options)
+
+    def runner(self, graph: str) -> Runner:
+        """Its weights are read on first use."""
+        if self._others is not None and not _carries_gradients(graph):
+            return self._others.runner(graph)
+        if graph not in self._graphs:
+            with torch.inference_mode(False):
+                module = self._network(graph).materialise(self.dtype, self.device)
+            if self._gradient_checkpointing:
+                _recompute_blocks(module)
+            self._graphs[graph] = EagerGraph(self.table.graph(graph), module)
+        return self._graphs[graph].run
+
+    def release(self, graph: str) -> None:
+        self._graphs.pop(graph, None)
+
+    def close(self) -> None:
+        self._graphs.clear()
+        if self._others is not None:
+            self._others.close()
+
+
+class OnnxWeights:
+    """Initialisers of one ONNX file as the source of a network's weights; each is read when it is asked for.
+
+    names: those that are weights; a graph holds constants of its own beside them.
+    """
+
+    def __init__(self, file: Path, names: Container[str]) -> None:
+        import onnx
+
+        self.source, self._folder = str(file), str(file.parent)
+        graph = onnx.load(str(file), load_external_data=False).graph
+        self._tensors = {tensor.name: tensor for tensor in graph.initializer if tensor.name in names}
+
+    def keys(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._tensors[key].dims)
+
+    def tensor(self, key: str) -> Tensor:
+        from onnx import numpy_helper
+
+        values = numpy_helper.to_array(self._tensors[key], base_dir=self._folder)
+        if values.dtype.name == "bfloat16":  # a type of its own, that torch doesn't take from NumPy
+            return torch.from_numpy(values.view("int16").copy()).view(torch.bfloat16)
+        return torch.from_numpy(values.copy())
+
+
+def _carries_gradients(graph: str) -> bool:
+    return graph == "denoiser" or graph.startswith("vae_decoder")
+
+
+def _bundle_network(bundle: Bundle, graph: str) -> Network:
+    if graph == "denoiser":
+        module = transformer_networks(bundle.transformer, folded=False)[graph]
+    elif graph.startswith("vae_decoder"):
+        config = bundle.config("vae")
+        vae = vae_on_meta(config)
+        paths = tuple(path for path, _ in cache_layout(vae, config["latent_channels"]))
+        module = VaeDecoderChunk(vae, paths, first=graph != "vae_decoder_next")
+    else:
+        raise InputError(f"{graph} runs on the bundle's own backend; pass one as `others`")
+    shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    weights = OnnxWeights(bundle.onnx_file(graph), shapes)
+    check_keys(shapes, weights)
+    return Network(module, graph, str, weights)
+
+
+def _recompute_blocks(module: nn.Module) -> None:
+    """Blocks of the denoiser, or stages of the decoder, keep no activations."""
+    again = partial(recompute, use_reentrant=False)
+    blocks: Any = getattr(module, "transformer_blocks", ())
+    for block in blocks:
+        block.forward = partial(again, block.forward)
+    decoder: Any = getattr(module, "decoder", None)
+    if decoder is not None:  # diffusers' own switch: its stages take their caches as arguments
+        decoder.gradient_checkpointing = True
+        decoder._gradient_checkpointing_func = again  # noqa: SLF001 - as diffusers sets it
