@@ -104,9 +104,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--method", choices=[one.name for one in METHODS], action="append")
     parser.add_argument("--learning-rate", type=float, default=SETTINGS.learning_rate)
     parser.add_argument("--steps", type=int, default=SETTINGS.steps)
+    parser.add_argument("--recognisers", default=SETTINGS.recognisers)
     given = parser.parse_args(arguments)
     check_writable(given.json)
-    settings = replace(SETTINGS, learning_rate=given.learning_rate, steps=given.steps)
+    settings = replace(
+        SETTINGS, learning_rate=given.learning_rate, steps=given.steps, recognisers=given.recognisers
+    )
     people = given.person or (_VALIDATION if given.validation else HELD_OUT_SEEDS)[: given.people]
     methods = [one for one in METHODS if not given.method or one.name in given.method]
     encoders = load_encoders(ENCODERS)

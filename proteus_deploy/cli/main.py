@@ -34,6 +34,7 @@ COMMAND_MODULES = (
     "calibrate",
     "evaluate",
     "train",
+    "personalize",
     "demo",
     "convert",
 )

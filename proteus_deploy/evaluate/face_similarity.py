@@ -35,6 +35,7 @@ __all__ = [
     "MeasuredFace",
     "SampledFaces",
     "cosine_matrix",
+    "embed_crops",
     "face_embeddings",
     "face_similarity",
     "photo_embeddings",
@@ -123,7 +124,7 @@ class FacePack:
         return MeasuredFace(self._embed(padded, landmarks), crop, padded=True)
 
     def landmarks(self, image: NDArray[np.uint8]) -> NDArray[np.float64] | None:
-        """Eyes, nose tip and mouth corners [5, 2] (x, y) of the largest face of an RGB image; None without."""
+        """Eyes, nose tip and mouth corners [5, 2], x and y, of the largest face of an RGB image, or None."""
         return self._largest(np.ascontiguousarray(image[:, :, ::-1]))
 
     def _largest(self, bgr: NDArray[np.uint8]) -> NDArray[np.float64] | None:
@@ -165,7 +166,7 @@ def face_embeddings(
         indices=indices,
         seen=np.array([face is not None for face in found]),
         arc=np.stack([face.embedding for face in faces]) if faces else np.zeros((0, 0), np.float32),
-        cur=_embed_crops(backbone, crops) if backbone is not None else None,
+        cur=embed_crops(backbone, crops) if backbone is not None else None,
         crops=crops,
     )
 
@@ -211,7 +212,7 @@ def _crop(image: NDArray[np.uint8], landmarks: NDArray[np.float64], side: int) -
     return np.asarray(warped, dtype=np.uint8)
 
 
-def _embed_crops(backbone: nn.Module, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+def embed_crops(backbone: nn.Module, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
     """RGB uint8 [K, 224, 224, 3] -> float32 [K, D] of norm 1: 112 x 112 (bilinear), then [-1, 1]."""
     import torch
 

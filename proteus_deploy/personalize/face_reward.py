@@ -1,9 +1,10 @@
 """How much the faces of frames look like the photo's, with gradients to the pixels.
 
-Faces are found by a detector without gradients; crops and recogniser carry them. The recogniser is the
-CurricularFace network of the encoders: FaceSim by ArcFace (`face_sim_arc`) then remains a measure that the
-adapter was not trained on. PersonalVideo rewards with an ArcFace network and doesn't say by
-which its tables are measured.
+Faces are found by a detector without gradients; crops and recognisers carry them. The recognisers are the one
+of the checkpoint's face_encoder (published: glintr100, an ArcFace network trained on Glint360K, which is what
+PersonalVideo rewards with), the CurricularFace network of the encoders, or both: a change that pleases two
+networks is more likely to please a third. FaceSim by the ArcFace network of the encoders (`face_sim_arc`) is
+never among them, so it remains a measure.
 
 Axes: K frames, V crops of each, d numbers of an embedding.
 """
@@ -11,15 +12,20 @@ Axes: K frames, V crops of each, d numbers of an embedding.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from proteus_deploy.errors import InputError
-from proteus_deploy.evaluate.face_similarity import face_embeddings, face_similarity, photo_embeddings
+from proteus_deploy.evaluate.face_similarity import (
+    embed_crops,
+    face_embeddings,
+    face_similarity,
+    photo_embeddings,
+)
 from proteus_deploy.evaluate.ir_backbone import INPUT_SIDE
 from proteus_deploy.identity.alignment import similarity_between
 from proteus_deploy.identity.faces import RECOGNISER_TEMPLATE
@@ -29,7 +35,7 @@ from proteus_deploy.personalize.rewards import identity_loss
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from proteus_deploy.evaluate.encoders import Encoders
+    from proteus_deploy.evaluate.face_similarity import FacePack
 
 __all__ = ["FaceReward"]
 
@@ -42,37 +48,45 @@ _BRIGHTNESS = 0.04
 
 
 class FaceReward:
-    """faces: frames looked at in each video; views: differing crops of each face.
+    """recognisers: by name, each [B, 3, 112, 112] in [-1, 1] -> [B, d]. pack: the detector. faces: frames
+    looked at in each video; views: differing crops of each face.
 
-    Raises InputError where the encoders lack the detector or the recogniser, PhotoError for a photo without
-    a face.
+    Raises PhotoError for a photo without a face.
     """
 
-    def __init__(self, encoders: Encoders, photo: NDArray[np.uint8], *, faces: int, views: int) -> None:
-        for part in ("faces", "curricular"):
-            if getattr(encoders, part) is None:
-                reason = encoders.reason(part)
-                raise InputError(f"the identity reward needs a detector and a recogniser: {reason}")
-        assert encoders.faces is not None
-        assert encoders.curricular is not None
-        self._pack, self._recogniser = encoders.faces, encoders.curricular.eval().requires_grad_(False)
-        self._faces, self._views = faces, views
-        found = photo_embeddings(photo, self._pack, self._recogniser)
-        self._reference = torch.from_numpy(cast("NDArray[np.float32]", found.cur)[0])
+    def __init__(
+        self,
+        pack: FacePack,
+        recognisers: Mapping[str, nn.Module],
+        photo: NDArray[np.uint8],
+        *,
+        faces: int,
+        views: int,
+    ) -> None:
+        self._pack, self._faces, self._views = pack, faces, views
+        self._recognisers = {
+            name: network.eval().requires_grad_(False) for name, network in recognisers.items()
+        }
+        crops = photo_embeddings(photo, pack).crops
+        self._references = {
+            name: torch.from_numpy(embed_crops(network, crops)[0])
+            for name, network in self._recognisers.items()
+        }
 
     @property
     def hash(self) -> str:
-        """sha256 over the recogniser's weights."""
+        """sha256 over the recognisers' weights."""
         digest = hashlib.sha256()
-        for name, value in sorted(self._recogniser.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
+        for recogniser, network in sorted(self._recognisers.items()):
+            for name, value in sorted(network.state_dict().items()):
+                digest.update(f"{recogniser} {name}".encode())
+                digest.update(value.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def loss(self, frames: Tensor, generator: Generator) -> Tensor | None:
-        """1 - cosine, mean over crops of some of the frames [K, 3, H, W] in [0, 1]; None without any face.
+        """1 - cosine of some of the frames [K, 3, H, W] in [0, 1], mean over recognisers and crops.
 
-        Which frames, and how their views differ, comes from the generator.
+        None without a face. Which frames, and how their views differ, comes from the generator.
         """
         chosen = torch.randperm(len(frames), generator=generator)[: self._faces].tolist()
         kept, warps = [], []
@@ -87,13 +101,20 @@ class FaceReward:
         crops = _tinted(crops, generator)
         mirrored = torch.rand(len(crops), generator=generator) < 0.5
         crops = torch.where(mirrored[:, None, None, None].to(crops.device), crops.flip(-1), crops)
-        return identity_loss(self._reference.to(crops.device), self._recogniser((crops - 0.5) / 0.5))
+        losses = [
+            identity_loss(self._references[name].to(crops.device), network((crops - 0.5) / 0.5))
+            for name, network in self._recognisers.items()
+        ]
+        return torch.stack(losses).mean()
 
     def similarity(self, frames: NDArray[np.uint8]) -> float:
-        """Mean cosine of the faces of a video, uint8 [F, H, W, 3], as `face_sim_cur` has it; 0 without."""
-        found = face_embeddings(frames, self._pack, self._recogniser)
-        vectors = cast("NDArray[np.float32]", found.cur)
-        return face_similarity(self._reference.numpy()[None], vectors, clipped=False)
+        """Mean cosine over recognisers and faces of a video, uint8 [F, H, W, 3]; 0 without any."""
+        crops = face_embeddings(frames, self._pack).crops
+        cosines = [
+            face_similarity(self._references[name].numpy()[None], embed_crops(network, crops), clipped=False)
+            for name, network in self._recognisers.items()
+        ]
+        return sum(cosines) / len(cosines)
 
 
 def _picture(frame: Tensor) -> NDArray[np.uint8]:

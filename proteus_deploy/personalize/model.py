@@ -18,11 +18,12 @@ __all__ = ["PersonalModel"]
 
 @dataclass(frozen=True, eq=False)
 class PersonalModel:
-    """A pipeline on networks that carry gradients. base: hash of the checkpoint."""
+    """A pipeline on networks that carry gradients. base: hash of the checkpoint. face_encoder: its folder."""
 
     pipeline: Pipeline
     backend: DifferentiableBackend
     base: str
+    face_encoder: Path | None
 
     @classmethod
     def from_checkpoint(cls, folder: str | Path, **options: Any) -> Self:
@@ -30,7 +31,12 @@ class PersonalModel:
         checkpoint = Checkpoint.open(folder)
         backend = DifferentiableBackend.of_checkpoint(checkpoint, **options)
         parts = (checkpoint.vae, checkpoint.scheduler, checkpoint.tokenizer, checkpoint.face_encoder)
-        return cls(Pipeline(backend, checkpoint.transformer, *parts), backend, checkpoint.hash)
+        return cls(
+            Pipeline(backend, checkpoint.transformer, *parts),
+            backend,
+            checkpoint.hash,
+            checkpoint.face_encoder,
+        )
 
     @classmethod
     def from_bundle(cls, folder: str | Path | Bundle, **options: Any) -> Self:
@@ -40,4 +46,6 @@ class PersonalModel:
         others = open_bundle_backend(bundle, "onnxruntime")
         backend = DifferentiableBackend.of_bundle(bundle, others, **options)
         pipeline = Pipeline.from_bundle(bundle, backend=backend)
-        return cls(pipeline, backend, str(bundle.manifest["checkpoint"]["hash"]))
+        faces = bundle.folder / "face_encoder"
+        base = str(bundle.manifest["checkpoint"]["hash"])
+        return cls(pipeline, backend, base, faces if faces.is_dir() else None)

@@ -27,6 +27,7 @@ from proteus_deploy.model.networks import (
 )
 from proteus_deploy.network_factory import NetworkFactory
 from proteus_deploy.runtime.eager import EagerGraph
+from proteus_deploy.stage_calls import Stage
 from proteus_deploy.stage_table import ExportRanges, build_stage_table
 from proteus_deploy.weights import check_keys
 
@@ -92,7 +93,7 @@ class DifferentiableBackend:
     def runner(self, graph: str) -> Runner:
         """Its weights are read on first use."""
         if self._others is not None and not _carries_gradients(graph):
-            return self._others.runner(graph)
+            return partial(self._run_elsewhere, Stage(graph, self._others))
         if graph not in self._graphs:
             with torch.inference_mode(False):
                 module = self._network(graph).materialise(self.dtype, self.device)
@@ -100,6 +101,14 @@ class DifferentiableBackend:
                 _recompute_blocks(module)
             self._graphs[graph] = EagerGraph(self.table.graph(graph), module)
         return self._graphs[graph].run
+
+    def _run_elsewhere(self, stage: Stage, **inputs: Tensor) -> dict[str, Tensor]:
+        """A stage of another precision and device, between tensors of ours."""
+        outputs = stage(**inputs).items()
+        return {
+            name: value.to(self.device, self.dtype if value.is_floating_point() else None)
+            for name, value in outputs
+        }
 
     def release(self, graph: str) -> None:
         self._graphs.pop(graph, None)

@@ -21,12 +21,12 @@ from proteus_deploy.adapters.inputs import check_rank, check_room
 from proteus_deploy.errors import Cancelled, ComputationError
 from proteus_deploy.identity.photo import open_photo
 from proteus_deploy.personalize.cases import Case, CaseMaker, spread
-from proteus_deploy.personalize.face_reward import FaceReward
 from proteus_deploy.personalize.frame_scores import FrameScores
 from proteus_deploy.personalize.held_out import HeldOut
 from proteus_deploy.personalize.loop import Progress, TrainingLoop
 from proteus_deploy.personalize.objective import ObjectiveOf, TrainingSet, rewards
 from proteus_deploy.personalize.prompts import PromptBank
+from proteus_deploy.personalize.recognisers import face_reward
 from proteus_deploy.personalize.settings import PersonalizeSettings
 from proteus_deploy.personalize.tail import TailSampler
 from proteus_deploy.personalize.trainable import TrainableAdapter
@@ -93,10 +93,10 @@ def personalize(
 ) -> Outcome:
     """Train in `folder`, or go on there.
 
-    templates: prompts with `{person}` (prompts.py). encoders: detector, CurricularFace, and CLIP where the
-    semantic reward is used. objective_of: makes what is learnt; another one for comparisons.
-    Raises InputError, PhotoError, AdapterError (no room in the bundle) before any
-    work; Cancelled after saving; ComputationError where no evaluation was better than the frozen model.
+    templates: prompts with `{person}` (prompts.py). encoders: detector, CurricularFace and CLIP, where they
+    are used. objective_of: makes what is learnt; another one for comparisons.
+    Raises InputError, PhotoError, AdapterError (no room in the bundle) before any work; Cancelled after
+    saving; ComputationError where no evaluation was better than the frozen model.
     """
     photo = open_photo(person.photo)
     config = model.pipeline.config.backbone
@@ -104,7 +104,7 @@ def personalize(
     check_rank([(person.name, settings.rank)], model.backend.table)
     adapter = TrainableAdapter(config, settings)
     prompts = PromptBank.of(templates, person.look)
-    face = FaceReward(encoders, photo, faces=settings.faces, views=settings.views)
+    face = face_reward(model, encoders, photo, settings)
     scores = FrameScores(encoders) if settings.semantic_weight else None
     owner = hashlib.sha256(photo.tobytes()).hexdigest()
     inputs = {

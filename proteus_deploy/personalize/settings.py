@@ -13,7 +13,9 @@ from proteus_deploy.model.low_rank import MOST_RANK, PROJECTIONS
 if TYPE_CHECKING:
     from proteus_deploy.model.config import BackboneConfig
 
-__all__ = ["PersonalizeSettings"]
+__all__ = ["RECOGNISERS", "PersonalizeSettings"]
+
+RECOGNISERS = ("glint", "curricular")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class PersonalizeSettings:
         gradient_steps: how many of the last steps carry gradients.
 
     Rewards (1 : 1 in the paper)
+        recognisers: a comma between names of `RECOGNISERS`: that of the checkpoint's face_encoder ("glint")
+        and that of the encoders ("curricular").
         identity_weight, semantic_weight: of the two losses; 0 leaves one out.
         faces: frames of the decoder's first chunk whose face is compared with the photo. views: crops of
         each, every one shifted, turned, scaled, mirrored and tinted a little, so that a pattern which only
@@ -55,6 +59,7 @@ class PersonalizeSettings:
     num_inference_steps: int = 50
     guidance_scale: float = 6.0
     gradient_steps: int = 1
+    recognisers: str = ",".join(RECOGNISERS)
     identity_weight: float = 1.0
     semantic_weight: float = 1.0
     faces: int = 4
@@ -97,16 +102,21 @@ class PersonalizeSettings:
             raise InputError("identity_weight and semantic_weight are both 0; nothing would be learnt")
         if not 0 <= self.motion_loss <= 1:
             raise InputError(f"motion_loss is {self.motion_loss}; choose a share, from 0 to 1")
-        unknown = [name for name in self.projection_names if name not in PROJECTIONS]
-        if unknown or len(set(self.projection_names)) != len(self.projection_names):
-            raise InputError(
-                f"projections is {self.projections!r}; choose some of {', '.join(PROJECTIONS)}, each once"
-            )
+        for name, known in (("projections", PROJECTIONS), ("recognisers", RECOGNISERS)):
+            chosen = _names(getattr(self, name))
+            if not set(chosen) <= set(known) or len(set(chosen)) != len(chosen):
+                raise InputError(
+                    f"{name} is {getattr(self, name)!r}; choose some of {', '.join(known)}, each once"
+                )
         _ = self.gate  # checks its bounds
 
     @property
     def projection_names(self) -> tuple[str, ...]:
-        return tuple(name.strip() for name in self.projections.split(","))
+        return _names(self.projections)
+
+    @property
+    def recogniser_names(self) -> tuple[str, ...]:
+        return _names(self.recognisers)
 
     @property
     def gate(self) -> TimestepGate:
@@ -127,3 +137,7 @@ class PersonalizeSettings:
                 f"blocks 0 to {count - 1}"
             )
         return range(first, last + 1)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))

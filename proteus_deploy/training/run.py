@@ -168,8 +168,11 @@ def _empty_prompt(checkpoint: Checkpoint, dataset: LatentDataset) -> tuple[Tenso
     return embedded.detach().float(), mask
 
 
-def read_run_file(file: Path) -> Mapping[str, Any]:
-    """A TOML file with the tables [train], [video] and [prepare]. Raises InputError naming what is wrong."""
+_TABLES = ("train", "video", "prepare")
+
+
+def read_run_file(file: Path, tables: Sequence[str] = _TABLES) -> Mapping[str, Any]:
+    """A TOML file with these tables. Raises InputError naming what is wrong."""
     import tomllib
 
     try:
@@ -177,9 +180,8 @@ def read_run_file(file: Path) -> Mapping[str, Any]:
             document = tomllib.load(stream)
     except (OSError, ValueError) as error:  # bytes that are no UTF-8 come as a ValueError of their own
         raise InputError(f"{file} can't be read as TOML ({error})") from error
-    unknown = sorted(set(document) - {"train", "video", "prepare"})
+    unknown = sorted(set(document) - set(tables))
     if unknown:
-        raise InputError(
-            f"{file}: [{unknown[0]}] is no table of a run; known are [train], [video], [prepare]"
-        )
+        known = ", ".join(f"[{name}]" for name in tables)
+        raise InputError(f"{file}: [{unknown[0]}] is no table of a run; known are {known}")
     return document

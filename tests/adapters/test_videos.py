@@ -331,3 +331,81 @@ def test_the_command(tmp_path: Path, make_adapter: Make, capsys: pytest.CaptureF
     capsys.readouterr()
     assert main([*words, f"{tmp_path}/bert.safetensors"]) == 2
     assert "bert.safetensors is not there" in capsys.readouterr().err
+
+
+def test_training_on_a_bundles_own_weights(
+    adapter_bundle: Path, parity: Path, small_request: Callable[..., GenerateRequest]
+) -> None:
+    """The loop's tail on networks out of the ONNX files is the checkpoint's, with the same gradients."""
+    from proteus_deploy.personalize.model import PersonalModel
+    from proteus_deploy.personalize.settings import PersonalizeSettings
+    from proteus_deploy.personalize.tail import TailSampler
+    from proteus_deploy.personalize.trainable import TrainableAdapter
+
+    pytest.importorskip("onnxruntime")
+    request = small_request(num_inference_steps=5)
+    found = []
+    for open_model, folder in (
+        (PersonalModel.from_checkpoint, parity / "checkpoint"),
+        (PersonalModel.from_bundle, adapter_bundle),
+    ):
+        model = open_model(folder)
+        with model.pipeline as pipeline:
+            settings = PersonalizeSettings(rank=2, gate_high=500)
+            adapter = TrainableAdapter(pipeline.config.backbone, settings)
+            sampler = TailSampler(model.backend, settings.gate)
+            head = sampler.head(pipeline.start(request))
+            inputs = adapter.at(model.backend.dtype, model.backend.device)
+            frames = sampler.frames(head, sampler.finish(head, inputs))
+            frames.square().mean().backward()
+            assert adapter.up.grad is not None
+            found.append((model.base, frames.detach(), adapter.up.grad))
+    (base, frames, gradient), (bundle_base, bundle_frames, bundle_gradient) = found
+    assert bundle_base == base
+    assert torch.allclose(bundle_frames, frames, atol=1e-5)
+    assert gradient.abs().max() > 0
+    assert torch.allclose(bundle_gradient, gradient, atol=1e-3 * float(gradient.abs().max()))
+
+
+def test_bundles_that_no_adapter_is_trained_on(parity_bundle: Path, adapter_bundle: Path) -> None:
+    from proteus_deploy.bundle import Bundle
+    from proteus_deploy.errors import BundleError
+    from proteus_deploy.personalize.model import PersonalModel
+    from proteus_deploy.personalize.networks import DifferentiableBackend
+
+    with pytest.raises(AdapterError, match="exported without room for adapters"):
+        PersonalModel.from_bundle(parity_bundle)
+    bundle = Bundle.open(adapter_bundle)
+    graphs = {**bundle.manifest["graphs"]}
+    graphs["denoiser"] = {**graphs["denoiser"], "quantization": {"weights": "int8"}}
+    quantised = replace(bundle, manifest={**bundle.manifest, "graphs": graphs})
+    with pytest.raises(
+        BundleError, match=r"is quantised \(denoiser\), and rounded weights give no gradients"
+    ):
+        DifferentiableBackend.of_bundle(quantised, None)  # type: ignore[arg-type]
+
+
+def test_a_bundle_of_half_precision_beside_gradients_in_float32(adapter_bundle: Path) -> None:
+    """What needs no gradients runs in the bundle's own precision, and comes back in the network's."""
+    from proteus_deploy.bundle import Bundle
+    from proteus_deploy.personalize.networks import DifferentiableBackend
+
+    bundle = Bundle.open(adapter_bundle)
+    asked: list[torch.dtype] = []
+
+    class Half:
+        name, checks_ranges = "half", False
+        dtype, device, table = torch.float16, torch.device("cpu"), bundle.table
+
+        def runner(self, _: str) -> Callable[..., dict[str, Tensor]]:
+            def run(image: Tensor) -> dict[str, Tensor]:
+                asked.append(image.dtype)
+                return {"moments": image.mean(dim=(2, 3), keepdim=True)}
+
+            return run
+
+    backend = DifferentiableBackend.of_bundle(bundle, Half())  # type: ignore[arg-type]
+    sizes = bundle.table.graph("vae_encoder").input("image").axes
+    image = torch.zeros([axis if isinstance(axis, int) else 16 for axis in sizes])
+    assert backend.runner("vae_encoder")(image=image)["moments"].dtype == torch.float32
+    assert asked == [torch.float16]
