@@ -23,6 +23,8 @@ HELP = "time the denoising loop of every backend side by side, against the publi
 
 _SIZES = ("tiny", "mini", "5b")  # benchmarks.sizes has them; importing it here would load torch
 _LARGE = "5b"
+# What --adapters has no use for.
+_LOOPS_ONLY = ("candidate", "quantize", "plan", "end_to_end", "scale", "csv", "markdown", "report", "plots")
 _SCALES = ("frames", "resolution", "steps", "batch")  # those of benchmarks.scaling
 
 
@@ -65,6 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B,…",
         help="of --scale, such as 9,17,33 or 128x128,256x256 (default: around its own)",
     )
+    parser.add_argument(
+        "--adapters",
+        type=int,
+        metavar="RANK",
+        help="in place of loops: what room for adapters costs a step, and swapping one of this rank",
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave out memory and cold start")
     parser.add_argument("--work-dir", type=Path, metavar="DIR", help="keep what was exported on the way")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result file")
@@ -90,6 +98,8 @@ def run(arguments: argparse.Namespace) -> int:
         if file is not None:
             check_writable(file)
     settings = _settings(arguments)
+    if arguments.adapters is not None:
+        return _adapters(arguments)
     planned = settings.plan is not None
     if arguments.candidate:
         candidates = [parse_candidate(text) for text in arguments.candidate]
@@ -110,6 +120,39 @@ def run(arguments: argparse.Namespace) -> int:
     _write(arguments, document)
     broken = any(row["status"] == "failed" or "request_reason" in row for row in document["rows"])
     return 1 if broken else 0
+
+
+def _adapters(arguments: argparse.Namespace) -> int:
+    """A step with and without room for adapters, on ONNX Runtime."""
+    from proteus_deploy._files import write_json
+    from proteus_deploy.benchmarks.adapter_cost import HEADERS, measure_adapters, table
+    from proteus_deploy.cli.output import print_table
+    from proteus_deploy.cli.progress import PhaseProgress
+
+    for name in _LOOPS_ONLY:
+        if getattr(arguments, name):
+            flag = name.replace("_", "-")
+            raise InputError(f"--adapters {arguments.adapters} times steps, no loops; leave out --{flag}")
+    with _work_folder(None) as work:
+        checkpoint, bundle = _subject(arguments, work)
+        if checkpoint is None or bundle is not None:
+            raise InputError(
+                f"--adapters exports the denoiser twice, and {arguments.bundle} can't be; pass its "
+                "checkpoint with --checkpoint alone"
+            )
+        with PhaseProgress() as progress:
+            document = measure_adapters(
+                checkpoint,
+                arguments.size or ("tiny" if arguments.checkpoint is None else checkpoint.folder.name),
+                work,
+                rank=arguments.adapters,
+                rounds=arguments.rounds,
+                report=progress,
+            )
+    print_table(HEADERS, table(document))
+    if arguments.json is not None:
+        write_json(arguments.json, document)
+    return 0
 
 
 def _measure(

@@ -10,8 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from proteus_deploy.benchmarks import candidate_process, denoising_loop, opened_candidate, scaling, sizes
+from proteus_deploy.benchmarks import (
+    adapter_cost,
+    candidate_process,
+    denoising_loop,
+    opened_candidate,
+    scaling,
+    sizes,
+)
 from proteus_deploy.benchmarks.candidates import parse_candidate, quantised_candidates
 from proteus_deploy.checkpoint import Checkpoint
 from proteus_deploy.cli import bench as command
@@ -21,6 +29,7 @@ from proteus_deploy.export.quantised_export import made_up_statistics
 from proteus_deploy.export.quantize import plan_module
 from proteus_deploy.export.recipe import Recipe
 from proteus_deploy.network_factory import NetworkFactory
+from proteus_deploy.runtime.eager import EagerGraph
 
 
 def run(*words: str) -> int:
@@ -209,3 +218,36 @@ def test_a_foreign_checkpoint_is_refused(
 def test_words_of_the_command_are_those_that_exist() -> None:
     assert command._SIZES == sizes.SIZES
     assert command._SCALES == scaling.SCALES
+
+
+def test_adapters(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On PyTorch in place of two exports, which tests/adapters has."""
+
+    def open_eagerly(checkpoint: Checkpoint, table: Any, _: Path) -> EagerGraph:
+        network = NetworkFactory(checkpoint)("denoiser").materialise(torch.float32)
+        return EagerGraph(table.graph("denoiser"), network)
+
+    monkeypatch.setattr(adapter_cost, "_open", open_eagerly)
+    file = tmp_path / "adapters.json"
+    assert run("--adapters", "4", "--checkpoint", str(tiny_checkpoint), "--json", str(file)) == 0
+    document = json.loads(file.read_text())
+    assert set(document["step_ms"]) == {"without room", "idle", "adapter"}
+    assert all(spread["n"] == 2 and spread["median"] > 0 for spread in document["step_ms"].values())
+    assert set(document["swap_ms"]) == {"file", "memory"}
+    assert document["settings"]["rank"] == 4
+    assert document["idle_differs_by"] < 1e-4, "inputs that hold zeros change nothing"
+    assert "another adapter, from file" in capsys.readouterr().out
+
+
+def test_adapters_with_flags_of_loops(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--adapters", "4", "--scale", "frames") == 2
+    assert "--adapters 4 times steps, no loops; leave out --scale" in capsys.readouterr().err
+    assert run("--adapters", "0") == 2
+    assert "the rank is 0; choose 1 to 512" in capsys.readouterr().err
+    assert run("--adapters", "4", str(tiny_bundle)) == 2
+    assert "pass its checkpoint with --checkpoint alone" in capsys.readouterr().err
