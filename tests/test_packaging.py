@@ -83,12 +83,13 @@ def test_wheel_holds_the_tree_and_one_import_name(wheel: Path, repository: Path)
         if file.is_file()
     }
     source = "proteus_deploy/kernels/joint_attention/cpu.cpp"
+    prompts = "proteus_deploy/personalize/general.txt"
     recipes = {
         f"proteus_deploy/export/recipes/{file.name}" for file in (repository / "export/recipes").iterdir()
     }
     assert recipes
     page = {f"proteus_deploy/serving/page/{name}" for name in ("index.html", "page.css", "page.js")}
-    assert rest == {"proteus_deploy/py.typed", source} | configs | networks | recipes | page
+    assert rest == {"proteus_deploy/py.typed", source, prompts} | configs | networks | recipes | page
     assert any(name.endswith("LICENSE") for name in names)
 
 
