@@ -65,7 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gate", metavar="LOW-HIGH", help="timesteps at which it acts (0-250)")
     for name, (kind, text) in _FLAGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="cpu", choices=("cpu",), help="cuda does not work yet (default: %(default)s)"
+    )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="(default: fp32)")
     parser.add_argument(
         "--gradient-checkpointing", action="store_true", help="less memory for activations, more time"
