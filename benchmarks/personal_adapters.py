@@ -12,14 +12,15 @@ model:
     motion     mean length of the optical flow
     prompt     CLIPScore, and whether clothes and background have the colours asked for
 
-Adapters and videos are kept in --work, so that an interrupted run goes on.
+All three have the rate and the number of steps that were chosen for the first, on other people. Adapters and
+videos are kept in --work, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,10 +29,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from proteus_deploy._files import atomic_file, check_writable, write_json
-from proteus_deploy.adapters import Adapter, AdapterUse, read_adapter, save_adapter
+from proteus_deploy.adapters import Adapter, AdapterUse, read_adapter
 from proteus_deploy.benchmarks.machine import describe_commit, describe_machine, describe_versions
 from proteus_deploy.benchmarks.reconstruction_tuning import reconstruction
-from proteus_deploy.errors import ComputationError
+from proteus_deploy.errors import InputError
 from proteus_deploy.evaluate.encoders import Encoders, load_encoders
 from proteus_deploy.evaluate.face_similarity import face_embeddings, face_similarity, photo_embeddings
 from proteus_deploy.evaluate.frames import frames_from_video
@@ -41,9 +42,9 @@ from proteus_deploy.optical_flow import DisFlow
 from proteus_deploy.personalize.model import PersonalModel
 from proteus_deploy.personalize.objective import ObjectiveOf, rewards
 from proteus_deploy.personalize.prompts import PERSON
-from proteus_deploy.personalize.run import Person, personalize
+from proteus_deploy.personalize.run import ADAPTER_FILE, NoImprovementError, Person, personalize
 from proteus_deploy.personalize.settings import PersonalizeSettings
-from proteus_deploy.pipeline import GenerateRequest, Pipeline
+from proteus_deploy.pipeline import GenerateRequest
 from proteus_deploy.tiny.trained import ENCODERS, GUIDANCE_SCALE, MODEL, NUM_INFERENCE_STEPS
 from proteus_deploy.training.avatars import (
     HELD_OUT_SEEDS,
@@ -54,6 +55,7 @@ from proteus_deploy.training.avatars import (
     make_clip,
     make_photo,
 )
+from proteus_deploy.weights import read_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -115,10 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     methods = [one for one in METHODS if not given.method or one.name in given.method]
     encoders = load_encoders(ENCODERS)
     rows = []
-    with PersonalModel.from_checkpoint(MODEL).pipeline as pipeline:
+    with PersonalModel.from_checkpoint(MODEL) as model:
         for number, person in enumerate(people, start=1):
             print(f"person {person}, {number} of {len(people)}", file=sys.stderr, flush=True)
-            rows += _measure_person(person, methods, settings, encoders, pipeline, given.work)
+            rows += _measure_person(person, methods, settings, encoders, model, given.work)
     document = {
         "what": "adapters of one person each, trained from one photo on the tiny model",
         "machine": describe_machine(),
@@ -163,7 +165,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         table[name]["motion_kept"] = {"mean": means["motion"] / before["motion"]}
         table[name]["prompt_kept"] = {"mean": means["clip_score"] / before["clip_score"]}
         if name != _FROZEN:
-            table[name]["seconds"] = over([row["training"]["wall_seconds"] for row in own])
+            table[name]["seconds"] = over([row["training"]["seconds"] for row in own])
     return table
 
 
@@ -176,16 +178,17 @@ def _measure_person(
     methods: Sequence[Method],
     settings: PersonalizeSettings,
     encoders: Encoders,
-    pipeline: Pipeline,
+    model: PersonalModel,
     work: Path,
 ) -> list[dict[str, Any]]:
     wishes = [make_clip(person, _TEST_CLIPS + k, motion=motion) for k, motion in enumerate(MOTIONS)]
-    rows = [_row(person, _FROZEN, None, {}, wishes, encoders, pipeline, work)]
+    tested = {one.prompt for one in wishes}
+    rows = [_row(person, _FROZEN, None, {}, wishes, encoders, model, work)]
     for method in methods:
         own = replace(settings, **(method.settings or {}))
         folder = work / f"person-{person:02d}" / method.name.replace(",", "").replace(" ", "-")
-        adapter, training = _adapter(person, method, own, encoders, folder, {one.prompt for one in wishes})
-        rows.append(_row(person, method.name, adapter, training, wishes, encoders, pipeline, work))
+        adapter, training = _adapter(person, method, own, encoders, folder, tested, model.base)
+        rows.append(_row(person, method.name, adapter, training, wishes, encoders, model, work))
     return rows
 
 
@@ -196,41 +199,37 @@ def _adapter(
     encoders: Encoders,
     folder: Path,
     tested: set[str],
+    base: str,
 ) -> tuple[Adapter | None, dict[str, Any]]:
     """None where no evaluation was better than the frozen model: then that is what would be used."""
-    import json
-
     record = folder / "training.json"
-    if record.exists():
-        training = json.loads(record.read_text(encoding="utf-8"))
-        return (read_adapter(folder / "adapter.safetensors") if training["improved"] else None), training
-    clips = [
-        make_clip(person, seed, motion=list(MOTIONS)[k % len(MOTIONS)])
-        for k, seed in enumerate(_TEMPLATE_CLIPS)
-    ]
+    motions = list(MOTIONS)
+    clips = [make_clip(person, seed, motion=motions[seed % len(motions)]) for seed in _TEMPLATE_CLIPS]
     prompts = list(dict.fromkeys(clip.prompt for clip in clips if clip.prompt not in tested))
     look = clips[0].identity_prompt
     templates = [prompt.replace(look, PERSON, 1) for prompt in prompts]
-    started = time.perf_counter()
-    model = PersonalModel.from_checkpoint(MODEL)  # as the command opens it: its time counts
-    try:
-        outcome = personalize(
-            model,
-            Person(make_photo(person, 0).image, look, f"person-{person:02d}"),
-            templates,
-            encoders,
-            folder,
-            settings=settings,
-            objective_of=method.objective,
-            report=_report,
-        )
-        training = {"improved": True, **outcome.document}
-        adapter = outcome.adapter
-        save_adapter(adapter, folder / "adapter.safetensors")
-    except ComputationError as error:
-        training, adapter = {"improved": False, "why": str(error)}, None
-    model.pipeline.close()
-    training["wall_seconds"] = time.perf_counter() - started
+    asked = {**asdict(settings), "objective": method.objective.__name__, "base": base, "templates": templates}
+    if record.exists():
+        training = read_json(record, error=InputError)
+        if training["asked"] != asked:
+            raise InputError(f"{record} is of other settings or another model; choose another --work")
+        return (read_adapter(folder / ADAPTER_FILE) if training["improved"] else None), training
+    with PersonalModel.from_checkpoint(MODEL) as model:
+        try:
+            outcome = personalize(
+                model,
+                Person(make_photo(person, 0).image, look, f"person-{person:02d}"),
+                templates,
+                encoders,
+                folder,
+                settings=settings,
+                objective_of=method.objective,
+                report=_report,
+            )
+            adapter, training = outcome.adapter, {"improved": True, **outcome.document}
+        except NoImprovementError as error:
+            adapter, training = None, {"improved": False, "why": str(error), "seconds": error.seconds}
+    training["asked"] = asked
     write_json(record, training)
     return adapter, training
 
@@ -242,7 +241,7 @@ def _row(
     training: Mapping[str, Any],
     wishes: Sequence[Clip],
     encoders: Encoders,
-    pipeline: Pipeline,
+    model: PersonalModel,
     work: Path,
 ) -> dict[str, Any]:
     photo = make_photo(person, 0).image
@@ -251,7 +250,7 @@ def _row(
     own = photo_embeddings(photo, encoders.faces, encoders.curricular)
     found: dict[str, list[float]] = {key: [] for key in (*_MEASURES, "ceiling", "face_detection_rate")}
     for seed, wish in enumerate(wishes, start=_TEST_SEEDS):
-        frames = _video(person, name, adapter, wish, seed, photo, pipeline, work)
+        frames = _video(person, name, adapter, wish, seed, photo, model, work)
         faces = face_embeddings(frames, encoders.faces, encoders.curricular)
         drawn = face_embeddings(wish.frames, encoders.faces)
         text = encoders.clip.text_features(wish.prompt)[0]
@@ -279,23 +278,23 @@ def _video(
     wish: Clip,
     seed: int,
     photo: NDArray[np.uint8],
-    pipeline: Pipeline,
+    model: PersonalModel,
     work: Path,
 ) -> NDArray[np.uint8]:
-    key = _FROZEN if adapter is None else adapter.hash[:12]
-    file = work / f"person-{person:02d}" / "videos" / f"{key}-{seed}.npy"
+    request = GenerateRequest(
+        prompt=wish.prompt,
+        identity_prompt=wish.identity_prompt,
+        photo=photo,
+        num_inference_steps=NUM_INFERENCE_STEPS,
+        guidance_scale=GUIDANCE_SCALE,
+        seed=seed,
+        adapters=() if adapter is None else (AdapterUse(adapter),),
+    )
+    asked = f"{model.base} {request.prompt} {seed} {adapter and adapter.hash}"
+    digest = hashlib.sha256(asked.encode()).hexdigest()[:24]
+    file = work / f"person-{person:02d}" / "videos" / f"{digest}.npy"
     if not file.exists():
-        video = pipeline.generate(
-            GenerateRequest(
-                prompt=wish.prompt,
-                identity_prompt=wish.identity_prompt,
-                photo=photo,
-                num_inference_steps=NUM_INFERENCE_STEPS,
-                guidance_scale=GUIDANCE_SCALE,
-                seed=seed,
-                adapters=() if adapter is None else (AdapterUse(adapter),),
-            )
-        )
+        video = model.pipeline.generate(request)
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(file) as new, new.open("wb") as stream:
             np.save(stream, frames_from_video(video))

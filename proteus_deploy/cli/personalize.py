@@ -35,6 +35,7 @@ _FLAGS: dict[str, tuple[type, str]] = {
     "evaluate_every": (int, "steps between two judgements (10)"),
     "seed": (int, "of everything that is drawn (0)"),
 }
+_METAVARS = {int: "N", float: "X", str: "LIST"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,10 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gate", metavar="LOW-HIGH", help="timesteps at which it acts (0-250)")
     for name, (kind, text) in _FLAGS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
-    parser.add_argument(
-        "--device", default="cpu", choices=("cpu",), help="cuda does not work yet (default: %(default)s)"
-    )
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=_METAVARS[kind], help=text)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="(default: fp32)")
     parser.add_argument(
         "--gradient-checkpointing", action="store_true", help="less memory for activations, more time"
@@ -84,11 +83,12 @@ def run(arguments: argparse.Namespace) -> int:
         from proteus_deploy.evaluate.encoders import load_encoders
         from proteus_deploy.personalize.prompts import GENERAL, read_prompts
         from proteus_deploy.personalize.run import Person, personalize
+        from proteus_deploy.runtime.eager import resolve_device
 
+        resolve_device(arguments.device)  # whatever opens first would say it less plainly
         templates = read_prompts(GENERAL if arguments.prompts is None else arguments.prompts)
         encoders = load_encoders(arguments.encoders, device=arguments.device)
-        model = _open(arguments)
-        with model.pipeline:
+        with _open(arguments) as model:
             outcome = personalize(
                 model,
                 Person(arguments.image, arguments.person, arguments.name),

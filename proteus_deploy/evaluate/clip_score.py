@@ -51,7 +51,7 @@ class ClipEncoder:
             raise CheckpointError(
                 f"{folder / 'config.json'} is for a {document.get('model_type')!r} model; expected 'clip'"
             )
-        file = _weights(folder)
+        file = self.file = _weights(folder)
         config: Any = CLIPConfig.from_dict(document)
         with torch.device("meta"):
             model: Any = CLIPModel(config)
@@ -91,6 +91,7 @@ class ClipEncoder:
         import torch
         from torch.nn import functional
 
+        frames = frames.to(self._device)
         (width, height), box = self._resizing(frames.shape[2], frames.shape[3])
         pixels = functional.interpolate(
             frames.float(), size=(height, width), mode="bicubic", align_corners=False, antialias=True

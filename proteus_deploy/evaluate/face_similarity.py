@@ -12,6 +12,7 @@ Axes: F frames of the video, S sampled ones, K of those with a face, D numbers i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,8 +95,9 @@ class FacePack:
     """
 
     def __init__(self, folder: str | Path, *, providers: Sequence[str] = _CPU) -> None:
+        self.folder = Path(folder)
         self._detector, self._recogniser = load_pack(
-            Path(folder),
+            self.folder,
             detector_size=_DETECTOR_SIZE,
             providers=providers,
             expected="the insightface pack buffalo_l (a detector such as det_10g.onnx and a recogniser such "
@@ -110,22 +112,31 @@ class FacePack:
         """
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise InputError(f"the image is {image.dtype} {list(image.shape)}; expected RGB uint8 [H, W, 3]")
+        found = self._find(image)
+        if found is None:
+            return None
+        searched, landmarks, border = found
+        crop = _crop(image, landmarks - border, CROP_SIDE)
+        return MeasuredFace(self._embed(searched, landmarks), crop, padded=any(border))
+
+    def landmarks(self, image: NDArray[np.uint8]) -> NDArray[np.float64] | None:
+        """Eyes, nose tip and mouth corners [5, 2], x and y, of the face that `read` describes, or None."""
+        found = self._find(image)
+        return None if found is None else found[1] - found[2]
+
+    def _find(
+        self, image: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float64], tuple[int, int]] | None:
+        """BGR picture that was searched, landmarks in it, and its border: pixels across and down."""
         bgr = np.ascontiguousarray(image[:, :, ::-1])
         landmarks = self._largest(bgr)
         if landmarks is not None:
-            return MeasuredFace(self._embed(bgr, landmarks), _crop(image, landmarks, CROP_SIDE), padded=False)
+            return bgr, landmarks, (0, 0)
         down, across = (int(side * _PADDING) for side in image.shape[:2])
         cv2 = import_face_package("cv2")
         padded = cv2.copyMakeBorder(bgr, down, down, across, across, cv2.BORDER_CONSTANT, value=_PADDING_GREY)
         landmarks = self._largest(padded)
-        if landmarks is None:
-            return None
-        crop = _crop(image, landmarks - (across, down), CROP_SIDE)
-        return MeasuredFace(self._embed(padded, landmarks), crop, padded=True)
-
-    def landmarks(self, image: NDArray[np.uint8]) -> NDArray[np.float64] | None:
-        """Eyes, nose tip and mouth corners [5, 2], x and y, of the largest face of an RGB image, or None."""
-        return self._largest(np.ascontiguousarray(image[:, :, ::-1]))
+        return None if landmarks is None else (padded, landmarks, (across, down))
 
     def _largest(self, bgr: NDArray[np.uint8]) -> NDArray[np.float64] | None:
         boxes, landmarks = self._detector.detect(bgr)
@@ -220,7 +231,8 @@ def embed_crops(backbone: nn.Module, crops: NDArray[np.uint8]) -> NDArray[np.flo
     if not len(crops):
         return np.zeros((0, 0), np.float32)
     small = np.stack([cv2.resize(crop, (_BACKBONE_SIDE, _BACKBONE_SIDE)) for crop in crops])
-    device = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
+    tensors = itertools.chain(backbone.parameters(), backbone.buffers())
+    device = next((one.device for one in tensors), torch.device("cpu"))
     batches = torch.from_numpy(small).permute(0, 3, 1, 2).split(_BACKBONE_BATCH)
     with torch.inference_mode():
         vectors = [backbone((batch.to(device).float() / 255 - 0.5) / 0.5).float().cpu() for batch in batches]

@@ -74,9 +74,10 @@ class CaseMaker:
         file = self._folder / f"{digest[:32]}.safetensors"
         if file.exists():
             tensors, facts = load_tensors(file)
-            start.stepper.recall(tensors.get(_REMEMBERED))
+            device, remembered = start.latents.device, tensors.get(_REMEMBERED)
+            start.stepper.recall(None if remembered is None else remembered.to(device))
             states = tuple(tensors[f"{_STATE}{index}"] for index in range(facts["generators"]))
-            head = Head(start, facts["index"], tensors[_LATENTS], start.stepper, states)
+            head = Head(start, facts["index"], tensors[_LATENTS].to(device), start.stepper, states)
         else:
             head = self.sampler.head(start)
             self._keep(file, head)
@@ -104,5 +105,6 @@ class CaseMaker:
 
 def spread(prompts: Sequence[str], count: int, first_seed: int) -> list[tuple[str, int]]:
     """`count` videos: evenly spaced prompts, begun again where there are fewer; no seed twice."""
-    stride = max(1, len(prompts) // count)
-    return [(prompts[index * stride % len(prompts)], first_seed + index) for index in range(count)]
+    span = max(count, len(prompts))
+    places = [index * span // count % len(prompts) for index in range(count)]
+    return [(prompts[place], first_seed + index) for index, place in enumerate(places)]

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F
 
+from proteus_deploy._files import sha256_of
 from proteus_deploy.evaluate.face_similarity import (
     embed_crops,
     face_embeddings,
@@ -75,8 +75,10 @@ class FaceReward:
 
     @property
     def hash(self) -> str:
-        """sha256 over the recognisers' weights."""
+        """sha256 over the recognisers' weights and the files of the detector's pack."""
         digest = hashlib.sha256()
+        for file in sorted(self._pack.folder.glob("*.onnx")):
+            digest.update(sha256_of(file).encode())
         for recogniser, network in sorted(self._recognisers.items()):
             for name, value in sorted(network.state_dict().items()):
                 digest.update(f"{recogniser} {name}".encode())
@@ -108,13 +110,19 @@ class FaceReward:
         return torch.stack(losses).mean()
 
     def similarity(self, frames: NDArray[np.uint8]) -> float:
-        """Mean cosine over recognisers and faces of a video, uint8 [F, H, W, 3]; 0 without any."""
-        crops = face_embeddings(frames, self._pack).crops
+        """Mean cosine over recognisers and sampled frames of a video, uint8 [F, H, W, 3].
+
+        A frame without a face counts 0: who hides the face gains nothing. With one in each, this is
+        `face_sim_cur` of `evaluate` for CurricularFace.
+        """
+        found = face_embeddings(frames, self._pack)
         cosines = [
-            face_similarity(self._references[name].numpy()[None], embed_crops(network, crops), clipped=False)
+            face_similarity(
+                self._references[name].numpy()[None], embed_crops(network, found.crops), clipped=False
+            )
             for name, network in self._recognisers.items()
         ]
-        return sum(cosines) / len(cosines)
+        return found.detection_rate * sum(cosines) / len(cosines)
 
 
 def _picture(frame: Tensor) -> NDArray[np.uint8]:
@@ -137,4 +145,4 @@ def _differing(warps: NDArray[np.float64], generator: Generator) -> Tensor:
 def _tinted(crops: Tensor, generator: Generator) -> Tensor:
     gains = (torch.randn(len(crops), 3, 1, 1, generator=generator) * _LOG_GAIN).exp()
     brightness = torch.randn(len(crops), 1, 1, 1, generator=generator) * _BRIGHTNESS
-    return F.hardtanh(crops * gains.to(crops.device) + brightness.to(crops.device), 0.0, 1.0)
+    return (crops * gains.to(crops.device) + brightness.to(crops.device)).clamp(0, 1)

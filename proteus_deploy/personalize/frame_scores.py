@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from proteus_deploy._files import sha256_of
 from proteus_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,6 +29,11 @@ class FrameScores:
             reason = encoders.reason("clip")
             raise InputError(f"the semantic reward needs a score of text and image: {reason}")
         self._clip = encoders.clip
+
+    @property
+    def hash(self) -> str:
+        """sha256 of CLIP's weights."""
+        return sha256_of(self._clip.file)
 
     def text(self, prompt: str) -> Tensor:
         """Features [D] of a prompt."""

@@ -84,19 +84,19 @@ class Progress:
 
 
 class TrainingLoop:
-    """inputs: on what else the adapter depends, as JSON; who goes on with other inputs is refused."""
+    """Goes on with what the folder holds. inputs: on what else the adapter depends, as JSON.
+
+    Its clock runs from here. Raises InputError where the folder holds a run of other settings or inputs.
+    """
 
     def __init__(
         self,
         adapter: TrainableAdapter,
-        objective: Objective,
-        evaluate: Callable[[int], Evaluation],
         settings: PersonalizeSettings,
         folder: Path,
         inputs: Mapping[str, Any],
     ) -> None:
         self.adapter, self.settings, self.progress = adapter, settings, Progress()
-        self._objective, self._evaluate = objective, evaluate
         self._folder, self._inputs = folder, dict(inputs)
         self._parameters = dict(adapter.named_parameters())
         self._best = {name: value.detach().clone() for name, value in self._parameters.items()}
@@ -106,35 +106,44 @@ class TrainingLoop:
         )
         self._earlier_s = 0.0
         self._started = self._saved_at = time.perf_counter()
+        self._resume()
 
-    def train(self, *, report: Report = no_report, cancel: Event | None = None) -> Progress:
-        """Train until it stops; the adapter then has the best factors.
+    def train(
+        self,
+        objective: Objective,
+        evaluate: Callable[[int], Evaluation],
+        *,
+        report: Report = no_report,
+        cancel: Event | None = None,
+    ) -> None:
+        """Train until it stops, which `progress.stopped` says.
 
-        Raises Cancelled, after saving, once `cancel` is set; InputError where the folder holds a run of other
-        settings or inputs; ComputationError when a loss or gradient isn't finite.
+        Raises Cancelled, after saving, once `cancel` is set; ComputationError when a loss or gradient isn't
+        finite.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._resume()
         progress, total = self.progress, self.settings.steps
         report("training", progress.step, total)
         if not progress.evaluations:
-            progress.evaluations.append(self._evaluate(0))
+            progress.evaluations.append(evaluate(0))
         while progress.stopped is None:
             if cancel is not None and cancel.is_set():
                 self._save()
                 raise Cancelled(f"stopped at step {progress.step} of {total}; the same command goes on")
-            self._take_step()
+            self._take_step(objective)
             report("training", progress.step, total)
             if progress.step % self.settings.evaluate_every == 0 or progress.step == total:
-                self._judge()
+                self._judge(evaluate)
             elif time.perf_counter() - self._saved_at > _SAVE_EVERY_S:
                 self._save()
-        with torch.no_grad():
-            for name, value in self._best.items():
-                self._parameters[name].copy_(value)
-        return progress
 
-    def _take_step(self) -> None:
+    @torch.no_grad()
+    def take_best(self) -> None:
+        """Give the adapter the best factors so far."""
+        for name, value in self._best.items():
+            self._parameters[name].copy_(value)
+
+    def _take_step(self, objective: Objective) -> None:
         settings, step = self.settings, self.progress.step
         for group in self._optimiser.param_groups:
             group["lr"] = settings.rate(step)
@@ -143,7 +152,7 @@ class TrainingLoop:
         learnt = False
         for index in range(settings.batch_size):
             place = step * settings.batch_size + index
-            loss, numbers = self._objective(place, step_generator(settings.seed, 1, step, index))
+            loss, numbers = objective(place, step_generator(settings.seed, 1, step, index))
             for name, value in numbers.items():
                 sums.setdefault(name, []).append(value)
             if loss is None:
@@ -160,9 +169,9 @@ class TrainingLoop:
         self.progress.step += 1
         self._log(means)
 
-    def _judge(self) -> None:
+    def _judge(self, evaluate: Callable[[int], Evaluation]) -> None:
         progress = self.progress
-        progress.evaluations.append(self._evaluate(progress.step))
+        progress.evaluations.append(evaluate(progress.step))
         if progress.best(self.settings).step == progress.step:
             self._best = {name: value.detach().clone() for name, value in self._parameters.items()}
         progress.stopped = progress.verdict(self.settings)
@@ -172,7 +181,7 @@ class TrainingLoop:
         if not bool(torch.isfinite(value.detach())):
             raise ComputationError(
                 f"the {what} is {float(value.detach())} at step {self.progress.step}; choose a lower "
-                "learning_rate"
+                "learning_rate, in another folder, or float32"
             )
 
     @property
@@ -193,7 +202,7 @@ class TrainingLoop:
     def _resume(self) -> None:
         log = self._folder / "log.jsonl"
         if not self._state_file.exists():
-            log.unlink(missing_ok=True)
+            log.unlink(missing_ok=True)  # of steps that no state was saved after
             return
         tensors, facts = load_tensors(self._state_file)
         check_settings(facts, asdict(self.settings), self._state_file)

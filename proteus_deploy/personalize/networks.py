@@ -25,8 +25,9 @@ from proteus_deploy.model.networks import (
     transformer_networks,
     vae_on_meta,
 )
+from proteus_deploy.model.transformer import Denoiser
 from proteus_deploy.network_factory import NetworkFactory
-from proteus_deploy.runtime.eager import EagerGraph
+from proteus_deploy.runtime.eager import EagerGraph, resolve_device
 from proteus_deploy.stage_calls import Stage
 from proteus_deploy.stage_table import ExportRanges, build_stage_table
 from proteus_deploy.weights import check_keys
@@ -63,7 +64,7 @@ class DifferentiableBackend:
         others: Backend | None = None,
     ) -> None:
         """network: makes that of a graph. others: runs every graph but denoiser and decoder, where given."""
-        self.table, self.device, self.dtype = table, torch.device(device), dtype
+        self.table, self.device, self.dtype = table, resolve_device(device), dtype
         self._network, self._others = network, others
         self._gradient_checkpointing = gradient_checkpointing
         self._graphs: dict[str, EagerGraph] = {}
@@ -112,6 +113,14 @@ class DifferentiableBackend:
 
     def release(self, graph: str) -> None:
         self._graphs.pop(graph, None)
+        if self._others is not None:
+            self._others.release(graph)
+
+    def release_what_carries_no_gradients(self) -> None:
+        """Text encoder, identity networks and VAE encoder: nothing after a loop's start needs them."""
+        for graph in self.table.graphs:
+            if not _carries_gradients(graph.name):
+                self.release(graph.name)
 
     def close(self) -> None:
         self._graphs.clear()
@@ -170,10 +179,10 @@ def _bundle_network(bundle: Bundle, graph: str) -> Network:
 def _recompute_blocks(module: nn.Module) -> None:
     """Blocks of the denoiser, or stages of the decoder, keep no activations."""
     again = partial(recompute, use_reentrant=False)
-    blocks: Any = getattr(module, "transformer_blocks", ())
-    for block in blocks:
-        block.forward = partial(again, block.forward)
-    decoder: Any = getattr(module, "decoder", None)
-    if decoder is not None:  # diffusers' own switch: its stages take their caches as arguments
+    if isinstance(module, VaeDecoderChunk):
+        decoder: Any = module.decoder  # diffusers' own switch: its stages take caches
         decoder.gradient_checkpointing = True
         decoder._gradient_checkpointing_func = again  # noqa: SLF001 - as diffusers sets it
+    elif isinstance(module, Denoiser):
+        for block in module.transformer_blocks:
+            block.forward = partial(again, block.forward)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from proteus_deploy.errors import ComputationError
 from proteus_deploy.personalize.cases import Case, CaseMaker
 from proteus_deploy.personalize.face_reward import FaceReward
 from proteus_deploy.personalize.frame_scores import FrameScores
@@ -39,6 +40,7 @@ ObjectiveOf = Callable[[TrainingSet], Objective]
 def rewards(given: TrainingSet) -> Objective:
     """PersonalVideo's: of a generated video's first frames, 1 - cosine of faces and the KL of scores."""
     sampler, settings = given.maker.sampler, given.settings
+    faceless: set[int] = set()
 
     def loss(place: int, generator: Generator) -> tuple[Tensor | None, Mapping[str, float]]:
         case = given.cases[place % len(given.cases)]
@@ -47,6 +49,9 @@ def rewards(given: TrainingSet) -> Objective:
         parts: list[Tensor] = []
         numbers = {}
         alike = given.face.loss(frames, generator) if settings.identity_weight else None
+        if settings.identity_weight:
+            _count_faceless(faceless, place % len(given.cases), alike is None, len(given.cases))
+            numbers["face_found"] = float(alike is not None)
         if alike is not None:
             parts.append(settings.identity_weight * alike)
             numbers["identity_loss"] = float(alike.detach())
@@ -57,3 +62,13 @@ def rewards(given: TrainingSet) -> Objective:
         return (torch.stack(parts).sum() if parts else None), numbers
 
     return loss
+
+
+def _count_faceless(faceless: set[int], index: int, without: bool, count: int) -> None:
+    """Raises ComputationError once no video has a face: identity would be learnt from nothing."""
+    (faceless.add if without else faceless.discard)(index)
+    if len(faceless) == count:
+        raise ComputationError(
+            f"no face is found in the first frames of any of the {count} training videos; choose prompts "
+            "that show the person's face, or more num_inference_steps"
+        )

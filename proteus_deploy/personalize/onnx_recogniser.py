@@ -6,6 +6,7 @@ pixels, RGB; insightface feeds (x - 127.5) / 127.5 to files that don't begin wit
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,17 @@ if TYPE_CHECKING:
 
 __all__ = ["OnnxRecogniser"]
 
+_SIDE = 112
+_TOLERANCE = 1e-3  # relative, of 100 layers' rounding
 _FIRST = 8  # insightface looks among so many nodes for the ones that normalise
 
 
 class OnnxRecogniser(nn.Module):
     """float32 [B, 3, 112, 112], RGB in [-1, 1] -> float32 [B, D], as it comes: not normalised.
 
-    Raises CheckpointError for a file that isn't there, can't be read, or has nodes of other kinds.
+    Compared with ONNX Runtime once, so that an attribute that isn't known here can't change a vector unseen.
+    Raises CheckpointError for a file that isn't there, can't be read, has nodes of other kinds, or gives
+    other vectors there.
     """
 
     def __init__(self, file: Path) -> None:
@@ -51,6 +56,7 @@ class OnnxRecogniser(nn.Module):
         if len(inputs) != 1:
             raise CheckpointError(f"{file} takes {', '.join(inputs)}; a recogniser has one input")
         self._input, self._output = inputs[0], graph.output[0].name
+        self._compare(file)
 
     def forward(self, faces: Tensor) -> Tensor:
         values = {name: getattr(self, buffer) for name, buffer in self._names.items()}
@@ -59,6 +65,26 @@ class OnnxRecogniser(nn.Module):
             values[output] = _NODES[kind]([values[name] for name in inputs if name], attributes)
         result: Tensor = values[self._output]
         return result
+
+    @torch.no_grad()
+    def _compare(self, file: Path) -> None:
+        from onnxruntime import InferenceSession
+
+        faces = 2 * torch.rand(1, 3, _SIDE, _SIDE, generator=torch.Generator().manual_seed(0)) - 1
+        levels = faces * 127.5 + 127.5 if self._takes_levels else faces
+        session = InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        expected = torch.from_numpy(session.run([self._output], {self._input: levels.numpy()})[0])
+        try:
+            found = self(faces)
+            alike = found.shape == expected.shape
+            error = float((found - expected).abs().max() / expected.abs().max()) if alike else math.inf
+        except RuntimeError:  # shapes that don't meet
+            error = math.inf
+        if not error <= _TOLERANCE:
+            raise CheckpointError(
+                f"{file} gives other vectors in PyTorch than on ONNX Runtime (relative error {error:.1g}): "
+                "it has nodes with attributes that are not known here; reward with another recogniser"
+            )
 
 
 def _read(file: Path) -> onnx.ModelProto:
@@ -91,7 +117,10 @@ def _conv(x: list[Tensor], with_: dict[str, Any]) -> Tensor:
 
 def _average(x: list[Tensor], with_: dict[str, Any]) -> Tensor:
     data, padding = _padded(x[0], with_)
-    return F.avg_pool2d(data, with_["kernel_shape"], with_.get("strides", [1, 1]), padding)
+    counted = bool(with_.get("count_include_pad", 0))
+    return F.avg_pool2d(
+        data, with_["kernel_shape"], with_.get("strides", [1, 1]), padding, count_include_pad=counted
+    )
 
 
 def _padded(data: Tensor, with_: dict[str, Any]) -> tuple[Tensor, list[int]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from proteus_deploy.adapters import TimestepGate
 from proteus_deploy.errors import InputError
 from proteus_deploy.model.low_rank import MOST_RANK, PROJECTIONS
+from proteus_deploy.training.settings import check_values
 
 if TYPE_CHECKING:
     from proteus_deploy.model.config import BackboneConfig
@@ -76,38 +77,32 @@ class PersonalizeSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in (
-            "videos",
-            "num_inference_steps",
-            "gradient_steps",
-            "faces",
-            "views",
-            "steps",
-            "batch_size",
-            "held_out",
-            "evaluate_every",
-            "patience",
-        ):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; choose at least 1")
-        if not 1 <= self.rank <= MOST_RANK:
-            raise InputError(f"rank is {self.rank}; choose 1 to {MOST_RANK}")
-        for name in ("learning_rate", "clip_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} is {getattr(self, name)}; choose a number above 0")
-        for name in ("identity_weight", "semantic_weight", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name} is {getattr(self, name)}; choose 0 or more")
+        whole = ("videos", "num_inference_steps", "gradient_steps", "faces", "views", "steps", "batch_size")
+        check_values(self, "at least 1", lambda value: value >= 1, *whole)
+        check_values(self, "at least 1", lambda value: value >= 1, "held_out", "evaluate_every", "patience")
+        check_values(self, f"1 to {MOST_RANK}", lambda value: 1 <= value <= MOST_RANK, "rank")
+        above = ("learning_rate", "clip_norm")
+        check_values(self, "a number above 0", lambda value: 0 < value < math.inf, *above)
+        weights = ("identity_weight", "semantic_weight", "weight_decay")
+        check_values(self, "0 or more", lambda value: 0 <= value < math.inf, *weights)
+        check_values(self, "a share, from 0 to 1", lambda value: 0 <= value <= 1, "motion_loss")
         if not self.identity_weight + self.semantic_weight > 0:
             raise InputError("identity_weight and semantic_weight are both 0; nothing would be learnt")
-        if not 0 <= self.motion_loss <= 1:
-            raise InputError(f"motion_loss is {self.motion_loss}; choose a share, from 0 to 1")
         for name, known in (("projections", PROJECTIONS), ("recognisers", RECOGNISERS)):
             chosen = _names(getattr(self, name))
             if not set(chosen) <= set(known) or len(set(chosen)) != len(chosen):
                 raise InputError(
                     f"{name} is {getattr(self, name)!r}; choose some of {', '.join(known)}, each once"
                 )
+        if self.gradient_steps > self.num_inference_steps:
+            raise InputError(
+                f"gradient_steps is {self.gradient_steps}; a video has {self.num_inference_steps} steps"
+            )
+        if self.videos > self.steps * self.batch_size:
+            raise InputError(
+                f"videos is {self.videos}, and {self.steps} steps of {self.batch_size} reach only "
+                f"{self.steps * self.batch_size} of them; choose fewer videos or more steps"
+            )
         _ = self.gate  # checks its bounds
 
     @property

@@ -97,6 +97,12 @@ class TailSampler:
                 f"none of the {len(timesteps)} timesteps lies in the gate {self._gate.low} to "
                 f"{self._gate.high}; take more steps or a wider gate"
             )
+        if not any(self._gate.active(t) for t in timesteps[-self._gradient_steps :]):
+            raise InputError(
+                f"the last {self._gradient_steps} of {len(timesteps)} steps lie outside of the gate "
+                f"{self._gate.low} to {self._gate.high}, so no gradient reaches the adapter; take more "
+                "gradient_steps or a gate that reaches lower"
+            )
         stepper, latents = start.stepper, start.latents
         loop = self._loop(start, None, stepper, latents, 0, start.condition.generators)
         for _ in range(first):
@@ -124,7 +130,8 @@ class TailSampler:
         count = latents.shape[1] if whole else chunks(latents.shape[1])[0][1]
         part = latents[:, :count].transpose(1, 2) / head.start.vae_scale
         decoded = decode(self._backend, part.to(self._backend.dtype)).float()
-        return (decoded[0].transpose(0, 1) / 2 + 0.5).clamp(0, 1)
+        # The decoder gives its frames back on the CPU, where a long video fits.
+        return (decoded[0].transpose(0, 1) / 2 + 0.5).clamp(0, 1).to(self._backend.device)
 
     def _loop(
         self,

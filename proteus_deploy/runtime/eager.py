@@ -63,7 +63,7 @@ class EagerBackend:
         Raises BackendError when the device isn't here, or kernels, attention or graphs can't run on it.
         Weights are read on first use of each network."""
         self.name = ("compiled" if compiled else "eager") + ("-triton" if kernels == "triton" else "")
-        self.device = _resolve_device(device)
+        self.device = resolve_device(device)
         if kernels == "triton":
             check_kernels_run_on(self.device)
         if attention != "torch":
@@ -140,7 +140,7 @@ def default_dtype(device: str | torch.device, *, compiled: bool) -> torch.dtype:
     return torch.bfloat16 if amx else torch.float32
 
 
-def _resolve_device(device: str | torch.device) -> torch.device:
+def resolve_device(device: str | torch.device) -> torch.device:
     """ "cpu", "cuda" or "cuda:N", as text or torch.device. Raises BackendError for any other, or absent."""
     name: object = str(device) if isinstance(device, torch.device) else device
     if name == "cpu":

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from proteus_deploy.errors import InputError
 
-__all__ = ["AttentionForm", "TrainSettings", "read_settings"]
+__all__ = ["AttentionForm", "TrainSettings", "check_values", "read_settings"]
 
 RateSchedule = Literal["cosine", "constant"]
 AttentionForm = Literal["fused", "plain"]
@@ -75,28 +75,31 @@ class TrainSettings:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        self._check("at least 1", lambda value: value >= 1, "steps", "batch_size")
-        self._check("0 or more", lambda value: value >= 0, "micro_batch", "warmup")
-        self._check(
-            "a number above 0", lambda value: 0 < value < math.inf, "learning_rate", "epsilon", "clip_norm"
+        check_values(self, "at least 1", lambda value: value >= 1, "steps", "batch_size")
+        check_values(self, "0 or more", lambda value: value >= 0, "micro_batch", "warmup")
+        check_values(
+            self,
+            "a number above 0",
+            lambda value: 0 < value < math.inf,
+            "learning_rate",
+            "epsilon",
+            "clip_norm",
         )
-        self._check(
-            "a number of at least 0", lambda value: 0 <= value < math.inf, "weight_decay", "aml_lambda"
+        check_values(
+            self, "a number of at least 0", lambda value: 0 <= value < math.inf, "weight_decay", "aml_lambda"
         )
-        self._check(
+        check_values(
+            self,
             "a share, from 0 to 1",
             lambda value: 0 <= value <= 1,
             "image_dropout",
             "text_dropout",
             "mask_probability",
         )
-        self._check("0 (no averaging) or more, below 1", lambda value: 0 <= value < 1, "ema")
-        self._check("two numbers from 0 to below 1", lambda pair: all(0 <= one < 1 for one in pair), "betas")
-
-    def _check(self, expected: str, fits: Callable[[Any], bool], *names: str) -> None:
-        for name in names:
-            if not fits(getattr(self, name)):
-                raise InputError(f"{name} is {getattr(self, name)}; choose {expected}")
+        check_values(self, "0 (no averaging) or more, below 1", lambda value: 0 <= value < 1, "ema")
+        check_values(
+            self, "two numbers from 0 to below 1", lambda pair: all(0 <= one < 1 for one in pair), "betas"
+        )
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -121,6 +124,13 @@ class TrainSettings:
                 "takes; choose a divisor"
             )
         return share, micro
+
+
+def check_values(record: Any, expected: str, fits: Callable[[Any], bool], *names: str) -> None:
+    """Raises InputError for the first of these fields that doesn't fit, saying what is expected."""
+    for name in names:
+        if not fits(getattr(record, name)):
+            raise InputError(f"{name} is {getattr(record, name)}; choose {expected}")
 
 
 def read_settings(document: Mapping[str, Any], base: _Record, source: str) -> _Record:
