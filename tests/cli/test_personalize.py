@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from proteus_deploy.adapters import TimestepGate, read_adapter
 from proteus_deploy.checkpoint import Checkpoint
+from proteus_deploy.cli import personalize as command
 from proteus_deploy.cli.main import main
+from proteus_deploy.model.low_rank import PROJECTIONS
+from proteus_deploy.personalize.settings import RECOGNISERS, PersonalizeSettings
 from proteus_deploy.tiny.trained import ENCODERS, MODEL
 from proteus_deploy.training.avatars import make_photo
 
@@ -63,8 +66,10 @@ def test_an_adapter(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
     assert read_adapter(run / "adapter.safetensors").hash == adapter.hash
     # Another photo isn't gone on with.
     Image.fromarray(make_photo(34, 0).image).save(tmp_path / "photo.png")
+    heads = sorted((run / "heads").iterdir())
     assert main(words) == 2
     assert "choose another folder" in capsys.readouterr().err
+    assert sorted((run / "heads").iterdir()) == heads, "refused before any work"
 
 
 @pytest.mark.parametrize(
@@ -78,6 +83,9 @@ def test_an_adapter(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
         (["--prompts", "absent.txt"], "absent.txt can't be read as a list of prompts"),
         (["--encoders", "absent"], "absent is not a folder"),
         (["--projections", "to_x"], "projections is 'to_x'"),
+        (["--device", "gpu"], "device is 'gpu'; PyTorch runs here on 'cpu', 'cuda' or 'cuda:N'"),
+        (["--gradient-steps", "5"], "gradient_steps is 5; a video has 4 steps"),
+        (["--gate", "600-800"], "so no gradient reaches the adapter; take more gradient_steps"),
         (["--gate", "0-100"], "none of the 4 timesteps lies in the gate 0 to 100"),
     ],
 )
@@ -94,17 +102,15 @@ def test_checkpoint_or_bundle(words: list[str], capsys: pytest.CaptureFixture[st
     assert "not allowed with argument" in capsys.readouterr().err
 
 
-def test_recomputed_activations_give_the_same_gradients() -> None:
-    """Through denoiser and decoder, with and without gradient checkpointing."""
-    from proteus_deploy.personalize.networks import DifferentiableBackend
-
-    checkpoint = Checkpoint.open(MODEL)
-    found = []
-    for again in (False, True):
-        backend = DifferentiableBackend.of_checkpoint(checkpoint, gradient_checkpointing=again)
-        latents = torch.randn(1, 16, 3, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        backend.runner("vae_decoder_first_3")(latents=latents)["frames"].square().mean().backward()
-        assert latents.grad is not None
-        found.append(latents.grad)
-    assert torch.allclose(found[0], found[1], atol=1e-6)
-    assert found[0].abs().max() > 0
+def test_help_says_the_defaults() -> None:
+    """They are written by hand there: the record of settings would load torch for every command."""
+    own = PersonalizeSettings()
+    for name, (_, text) in command._FLAGS.items():
+        said = re.search(r"\(([^)]*)\)$", text)
+        assert said is not None, name
+        value = getattr(own, name)
+        if name in ("projections", "recognisers"):
+            assert said[1] in ("all of them", "both")
+            assert set(value.split(",")) == set(PROJECTIONS if name == "projections" else RECOGNISERS)
+        else:
+            assert float(said[1]) == value

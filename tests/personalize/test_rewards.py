@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,13 @@ def test_no_face_no_loss(reward: FaceReward) -> None:
     assert reward.similarity(np.full((2, 96, 96, 3), 127, np.uint8)) == 0
 
 
+def test_hiding_the_face_gains_nothing(reward: FaceReward) -> None:
+    clip = make_clip(PERSON, 0).frames[:1].repeat(16, axis=0)
+    hidden = clip.copy()
+    hidden[8:] = 127
+    assert reward.similarity(hidden) == pytest.approx(reward.similarity(clip) / 2, abs=1e-6)
+
+
 def test_gradients_make_a_face_more_like_the_photos(reward: FaceReward) -> None:
     frames = tensor_of(make_clip(OTHER, 0).frames[:3]).requires_grad_()
     before = reward.similarity(as_bytes(frames))
@@ -101,10 +109,8 @@ def test_a_recogniser_in_onnx_is_the_runtimes() -> None:
     assert torch.allclose(OnnxRecogniser(GLINT)(faces), torch.from_numpy(expected), atol=1e-5)
 
 
-@pytest.mark.parametrize("normalised", [False, True])
-def test_nodes_of_the_published_recognisers(tmp_path: Path, normalised: bool) -> None:
-    """What glintr100 and w600k_r50 are made of, with a normalisation of its own or without."""
-    runtime = pytest.importorskip("onnxruntime")
+def write_recogniser(file: Path, *, normalised: bool = False, **pool: Any) -> None:
+    """The kinds of nodes that glintr100 and w600k_r50 are made of. pool: more attributes of its pooling."""
     from onnx import TensorProto, helper, numpy_helper, save
 
     rng = np.random.default_rng(0)
@@ -128,7 +134,7 @@ def test_nodes_of_the_published_recognisers(tmp_path: Path, normalised: bool) ->
         ("Conv", ["b" if normalised else "x", "w"], "c", {"strides": [2, 2], "pads": [0, 0, 1, 1]}),
         ("BatchNormalization", ["c", "gain", "shift", "mean", "var"], "d", {"epsilon": 2e-5}),
         ("PRelu", ["d", "slope"], "e", {}),
-        ("AveragePool", ["e"], "f", {"kernel_shape": [4, 4], "strides": [4, 4]}),
+        ("AveragePool", ["e"], "f", {"kernel_shape": [4, 4], "strides": [4, 4], **pool}),
         ("Flatten", ["f"], "g", {}),
         ("Dropout", ["g"], "h", {}),
         ("Gemm", ["h", "matrix", "bias"], "y", {"transB": 1}),
@@ -140,12 +146,38 @@ def test_nodes_of_the_published_recognisers(tmp_path: Path, normalised: bool) ->
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 5])],
         [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()],
     )
-    file = tmp_path / "recogniser.onnx"
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), file)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("pool", [{}, {"pads": [1, 1, 1, 1], "count_include_pad": 1}])
+def test_nodes_of_the_published_recognisers(tmp_path: Path, normalised: bool, pool: dict[str, Any]) -> None:
+    """With a normalisation of its own or without."""
+    runtime = pytest.importorskip("onnxruntime")
+    file = tmp_path / "recogniser.onnx"
+    write_recogniser(file, normalised=normalised, **pool)
     faces = 2 * torch.rand(2, 3, 112, 112) - 1
     levels = faces.numpy() * 127.5 + 127.5 if normalised else faces.numpy()
     (expected,) = runtime.InferenceSession(str(file)).run(None, {"x": levels})
     assert torch.allclose(OnnxRecogniser(file)(faces), torch.from_numpy(expected), atol=1e-4)
+
+
+def test_attributes_that_are_not_known(tmp_path: Path) -> None:
+    """Padding that the mean of a window leaves out, on two sides only: it would change the vectors unseen."""
+    write_recogniser(tmp_path / "recogniser.onnx", pads=[1, 1, 0, 0])
+    with pytest.raises(CheckpointError, match=r"gives other vectors in PyTorch than on ONNX Runtime"):
+        OnnxRecogniser(tmp_path / "recogniser.onnx")
+
+
+def test_what_is_rewarded_never_measures(encoders: Encoders, tmp_path: Path) -> None:
+    """A pack whose recogniser is the checkpoint's own, under whatever name."""
+    shutil.copytree(ENCODERS / "models/buffalo_l", tmp_path / "models/buffalo_l")
+    shutil.copy(GLINT, tmp_path / "models/buffalo_l/w600k_tiny.onnx")
+    mixed = replace(encoders, faces=load_encoders(tmp_path).faces)
+    photo, model = make_photo(PERSON, 0).image, PersonalModel.from_checkpoint(MODEL)
+    with pytest.raises(InputError, match=r"are the same network, .* --recognisers curricular"):
+        face_reward(model, mixed, photo, PersonalizeSettings())
+    assert face_reward(model, mixed, photo, PersonalizeSettings(recognisers="curricular")).hash
 
 
 def test_files_that_are_no_recogniser(tmp_path: Path) -> None:
