@@ -7,14 +7,15 @@ import binascii
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from proteus_deploy.serving.answers import ApiError
 
@@ -38,6 +39,7 @@ __all__ = [
 _MAX_FIELD_BYTES = 1 << 20
 _MAX_FIELDS = 64
 _MAX_ADAPTERS = 8
+_MULTIPART = "multipart/form-data"
 _PHOTO_FIELD = "input_reference"
 # Fields of the body that are no fields of a GenerateRequest, or are made into others.
 _NOT_THE_PIPELINES = {"model", "seconds", "size", "input_reference", "character", "timeout_s"}
@@ -169,8 +171,8 @@ async def read_body(request: Request, model: type[_Body]) -> tuple[_Body, bytes 
     photo: bytes | None = None
     fields: dict[str, Any]
     of_a_photo = model.file_field == _PHOTO_FIELD
-    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        fields, photo = await _read_form(request, model.file_field)
+    if kind in (_MULTIPART, "application/x-www-form-urlencoded"):
+        fields, photo = await _read_form(request, kind, model.file_field)
     elif kind == "application/json" and of_a_photo:
         fields = _read_json(await request.body())
     else:
@@ -199,24 +201,60 @@ def check_text(body: BaseModel) -> None:
             )
 
 
-async def _read_form(request: Request, file_field: str) -> tuple[dict[str, Any], bytes | None]:
+class _WholeForm(MultiPartParser):
+    """A form whose closing boundary came. Without this check one that was cut short loses its last part."""
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(
+            request.headers,
+            self._until_closed(request.stream()),
+            max_files=1,
+            max_fields=_MAX_FIELDS,
+            max_part_size=_MAX_FIELD_BYTES,
+        )
+        self._closed = False
+
+    def on_end(self) -> None:
+        self._closed = True
+
+    async def _until_closed(self, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        async for chunk in stream:
+            yield chunk
+        if not self._closed:  # raised inside parse(), which closes its files
+            raise MultiPartException("the form ends before its closing boundary; send all of it")
+
+
+async def _read_form(request: Request, kind: str, file_field: str) -> tuple[dict[str, Any], bytes | None]:
+    if kind != _MULTIPART:
+        async with request.form(max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES) as form:
+            return await _fields_of(form, file_field)
+    try:
+        parts = await _WholeForm(request).parse()
+    except MultiPartException as error:
+        raise ApiError(400, f"the body is no form ({error.message})", code="invalid_form") from error
+    try:
+        return await _fields_of(parts, file_field)
+    finally:
+        await parts.close()
+
+
+async def _fields_of(form: FormData, file_field: str) -> tuple[dict[str, Any], bytes | None]:
     fields: dict[str, Any] = {}
     photo: bytes | None = None
-    async with request.form(max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES) as form:
-        for name, value in form.multi_items():
-            if name in fields or (name == file_field and photo is not None):
-                raise ApiError(400, f"{name} was sent twice; send it once", param=None, code="invalid_value")
-            if isinstance(value, UploadFile):
-                if name != file_field:
-                    text = f"a file came as {name!r}; the only file is {file_field}"
-                    raise ApiError(400, text, code="invalid_value")
-                photo = await value.read()
-            elif name in ("plan", "input_reference") and value.lstrip().startswith("{"):
-                fields[name] = _read_json(value.encode())
-            elif name == "adapters":
-                fields[name] = _read_json(b'{"adapters": ' + value.encode() + b"}").get("adapters")
-            else:
-                fields[name] = value
+    for name, value in form.multi_items():
+        if name in fields or (name == file_field and photo is not None):
+            raise ApiError(400, f"{name} was sent twice; send it once", param=None, code="invalid_value")
+        if isinstance(value, UploadFile):
+            if name != file_field:
+                text = f"a file came as {name!r}; the only file is {file_field}"
+                raise ApiError(400, text, code="invalid_value")
+            photo = await value.read()
+        elif name in ("plan", "input_reference") and value.lstrip().startswith("{"):
+            fields[name] = _read_json(value.encode())
+        elif name == "adapters":
+            fields[name] = _read_json(b'{"adapters": ' + value.encode() + b"}").get("adapters")
+        else:
+            fields[name] = value
     return fields, photo
 
 

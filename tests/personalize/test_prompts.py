@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ import pytest
 from proteus_deploy.errors import InputError
 from proteus_deploy.personalize.cases import spread
 from proteus_deploy.personalize.prompts import GENERAL, PERSON, PromptBank, read_prompts
+from proteus_deploy.training.avatars.clothing_and_scene import Scene
+from proteus_deploy.training.avatars.motion import MOTIONS, Motion
 
 
 def test_the_bank_that_ships() -> None:
@@ -27,6 +31,20 @@ def test_own_prompts(tmp_path: Path) -> None:
     bank = PromptBank.of(read_prompts(file), "Bo")
     assert bank.training == ("Bo eats", "Bo sleeps")
     assert bank.held_out == ("Bo and Bo",)
+
+
+def test_the_drawn_prompts_of_the_documentation(repository: Path) -> None:
+    """Their sentences are those that the tiny model was trained on."""
+    templates = read_prompts(repository / "examples" / "drawn_prompts.txt")
+    assert PromptBank.of(templates, "a man").training
+    draw = random.Random(0)
+    scenes = [Scene.draw(draw) for _ in range(2000)]
+    clothes, places = (
+        {getattr(one, words)() for one in scenes} for words in ("clothing_words", "place_words")
+    )
+    movements = {Motion.draw(draw, kind).words("man") for kind in MOTIONS}
+    known = {" ".join((PERSON, *parts)) for parts in itertools.product(clothes, movements, places)}
+    assert set(templates) <= known
 
 
 @pytest.mark.parametrize(

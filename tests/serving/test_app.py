@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import json
 from collections.abc import Iterator
@@ -181,6 +182,25 @@ def test_refused_bodies(client: TestClient, drawn_photo: bytes) -> None:
     assert _error(model, 404)["code"] == "model_not_found"
     files = {"input_reference": ("../../x.png", b"not a photo", "image/png")}
     assert _error(client.post("/v1/videos", data=FIELDS, files=files), 400)["param"] == "input_reference"
+
+
+@pytest.mark.filterwarnings("error")  # of a file that nobody closes
+def test_a_form_that_was_cut_short_is_refused(client: TestClient, service: Service) -> None:
+    """Else the request would be carried out without its last part."""
+
+    def send(body: bytes) -> Any:
+        return client.post(
+            "/v1/videos", content=body, headers={"Content-Type": "multipart/form-data; boundary=b"}
+        )
+
+    prompt = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na person waves\r\n'
+    file = b'--b\r\nContent-Disposition: form-data; name="input_reference"; filename="a.png"\r\n\r\nphoto'
+    for cut in (b"", prompt, prompt + file, prompt + file + b"\r\n--b\r\n"):
+        error = _error(send(cut), 400)
+        assert (error["code"], "closing boundary" in error["message"]) == ("invalid_form", True)
+    gc.collect()
+    assert service.store.page()[0] == []
+    assert _error(send(prompt + file + b"\r\n--b--\r\n"), 400)["param"] == "input_reference"  # no photo
 
 
 def test_a_photo_with_too_many_pixels_is_refused_undecoded(client: TestClient) -> None:

@@ -40,6 +40,9 @@ def test_clients(server: Server, drawn_photo: bytes, repository: Path, tmp_path:
 
 
 def test_every_example_is_run(repository: Path) -> None:
-    """test_demo.py runs library.py, which needs a bundle; test_triton_server.py and test_ray.py their own."""
+    """test_demo.py runs library.py, which needs a bundle; test_triton_server.py and test_ray.py their own.
+
+    drawn_prompts.txt is tests/personalize/test_prompts.py's.
+    """
     names = {file.name for file in (repository / "examples").iterdir()}
-    assert names == {"library.py", "ray_servers.py", "triton_client.py", *CLIENTS}
+    assert names == {"drawn_prompts.txt", "library.py", "ray_servers.py", "triton_client.py", *CLIENTS}
