@@ -12,7 +12,11 @@ import pytest
 from proteus_deploy.benchmarks import bench_report, readme_table, recipe_table
 
 # benchmarks/results/NAME.json, shown between <!-- NAME --> and <!-- /NAME --> of a page
-PAGES = {"bench_mini": "README.md", "bench_mini_quantised": "docs/bench.md"}
+PAGES = {
+    "bench_mini": "README.md",
+    "bench_mini_quantised": "docs/bench.md",
+    "bench_mini_quantised_avx512": "docs/bench.md",
+}
 
 
 def shown(page: str, name: str) -> str | None:
