@@ -166,7 +166,7 @@ class _Exact:
     def face_tokens(self, index: int, rows: int) -> Tensor:  # noqa: ARG002 - one identity serves all rows
         return self._tokens[index : index + 1]
 
-    def adapters(self, timestep: int, rows: int) -> Mapping[str, Tensor]:  # noqa: ARG002 - as the loop asks
+    def side_inputs(self, index: int, timestep: int, latents: Tensor) -> Mapping[str, Tensor]:  # noqa: ARG002 - as the loop asks
         """None: a bundle with room for some idles."""
         return {}
 

@@ -60,6 +60,11 @@ def build_packages(
             f"{checkpoint.folder} is not the checkpoint that {bundle.folder} was exported from "
             "(hashes differ)"
         )
+    if "controlnet" in bundle.table.stages:
+        raise InputError(
+            f"{bundle.folder} has a control network, which AOTInductor packages don't hold yet; export one "
+            "without --controlnet for them, or run this one with onnxruntime, openvino or tensorrt"
+        )
     target = _target_cpu()
     settings = _settings(target)
     factory = NetworkFactory(checkpoint, folded=True)

@@ -118,7 +118,8 @@ def export_bundle(
                 "versions": versions(),
                 "parity": parity,
             }
-            | ({} if quantised is None else {"quantization": quantised.to_json()}),
+            | ({} if quantised is None else {"quantization": quantised.to_json()})
+            | ({"controlnet": {"hash": checkpoint.controlnet_hash}} if checkpoint.controlnet else {}),
         )
     report("hash the checkpoint and the bundle", 1, 1)
     return Bundle.open(destination, hashes=False)
@@ -226,6 +227,8 @@ def _copy_configs(checkpoint: Checkpoint, folder: Path) -> None:
         "text_encoder": checkpoint.folder / "text_encoder/config.json",
         "scheduler": checkpoint.scheduler_file,
     }
+    if checkpoint.controlnet is not None:
+        parts["controlnet"] = checkpoint.controlnet.folder / "config.json"
     from proteus_deploy.weights import read_json
 
     for name, file in parts.items():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from proteus_deploy._files import write_json
+from proteus_deploy.control import Control
 from proteus_deploy.errors import BundleError
 from proteus_deploy.identity.features import IdentityFeatures
 from proteus_deploy.reporting import Report
@@ -104,9 +105,19 @@ def reference_request(table: StageTable, pipeline: Pipeline) -> tuple[GenerateRe
         num_frames=frames,
         num_inference_steps=STEPS,
         seed=SEED,
+        control=_reference_control(frames, height, width) if "controlnet" in table.stages else None,
     )
     count = -(-((frames - 1) // 4 + 1) // (backbone.patch_size_t or 1)) * (backbone.patch_size_t or 1)
     return request, normal(1, count, backbone.latent_channels, height // 8, width // 8)
+
+
+def _reference_control(frames: int, height: int, width: int) -> Control:
+    """Smooth colours that move, acting in all steps but the last."""
+    generator = torch.Generator().manual_seed(SEED)
+    coarse = torch.rand(1, 3, 2, 3, 3, generator=generator)
+    moving = torch.nn.functional.interpolate(coarse, (frames, height, width), mode="trilinear")
+    video = (moving[0] * 255).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+    return Control(video.numpy(), scale=0.5, end=(STEPS - 1) / STEPS)
 
 
 def record_video(table: StageTable, pipeline: Pipeline, report: Report) -> VideoReference:
@@ -166,6 +177,8 @@ def save_video(folder: Path, reference: VideoReference) -> None:
     tensors["id_cond"] = request.identity.id_cond
     tensors["condition_image"] = torch.from_numpy(request.condition_image).contiguous()
     tensors["initial_latents"] = reference.initial_latents.contiguous()
+    if request.control is not None:
+        tensors["control_video"] = torch.as_tensor(request.control.video)
     tensors["frames"] = reference.frames.contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "video.safetensors")
@@ -184,6 +197,8 @@ def load_video(folder: Path) -> VideoReference | None:
     fields: dict[str, Any] = json.loads((folder / "video.json").read_text())
     fields.pop("photo")
     identity = IdentityFeatures(tensors["id_cond"], tuple(tensors[f"hidden.{index}"] for index in range(5)))
+    if "control" in fields:
+        fields["control"] = Control(**{**fields["control"], "video": tensors["control_video"].numpy()})
     request = GenerateRequest(**fields, identity=identity, condition_image=tensors["condition_image"].numpy())
     latents = tuple(tensors[f"latents.{index}"] for index in range(request.num_inference_steps))
     return VideoReference(request, tensors["initial_latents"], latents, tensors["frames"])

@@ -30,6 +30,7 @@ def check_reusable(
     manifest = bundle.manifest
     for what, theirs, ours in (
         ("another checkpoint", manifest["checkpoint"]["hash"], checkpoint.hash),
+        ("another control network", bundle.controlnet_hash, checkpoint.controlnet_hash),
         ("another dtype", bundle.dtype, dtype),
         ("other ranges", bundle.table, table),
         ("other versions", manifest["versions"], versions),

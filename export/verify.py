@@ -110,6 +110,7 @@ def verify_bundle(
     backends: Sequence[str],
     *,
     checkpoint: Path | None = None,
+    controlnet: Path | None = None,
     budget: Path | None = None,
     on_video: OnVideo | None = None,
     report: Report = no_report,
@@ -126,9 +127,12 @@ def verify_bundle(
         raise InputError(
             f"no backend to verify; choose from {', '.join((*BUNDLE_BACKENDS, *CHECKPOINT_BACKENDS))}"
         )
-    source = Checkpoint.open(checkpoint) if checkpoint is not None else None
-    if source is not None and source.hash != bundle.manifest["checkpoint"]["hash"]:
-        raise InputError(f"{checkpoint} is not the checkpoint this bundle was exported from (hashes differ)")
+    source = None
+    if checkpoint is not None:
+        source = Checkpoint.open(checkpoint, controlnet=controlnet)
+        _check_source(bundle, source)
+    elif controlnet is not None:
+        raise InputError(f"controlnet is {controlnet}, which goes with a checkpoint; pass --checkpoint, too")
     tolerances = _tolerances(bundle, budget)
     # Once for all backends; samples and results are small beside the networks.
     stages, video = list(_stages(bundle, source, report)), _video(bundle, source, report)
@@ -148,12 +152,32 @@ def verify_bundle(
     )
 
 
+def _check_source(bundle: Bundle, source: Checkpoint) -> None:
+    if source.hash != bundle.manifest["checkpoint"]["hash"]:
+        raise InputError(
+            f"{source.folder} is not the checkpoint this bundle was exported from (hashes differ)"
+        )
+    if source.controlnet_hash != bundle.controlnet_hash:
+        given = "none was given" if source.controlnet is None else f"{source.controlnet.folder} was given"
+        wanted = "no control network" if bundle.controlnet_hash is None else "another control network"
+        raise InputError(
+            f"the bundle was exported with {wanted}, and {given}; pass its own with --controlnet, or leave "
+            "that out for a bundle without one"
+        )
+
+
 def _open(bundle: Bundle, name: str, checkpoint: Checkpoint | None) -> Pipeline:
     if name not in CHECKPOINT_BACKENDS:
         return Pipeline.from_bundle(bundle, backend=name)
     if checkpoint is None:
         raise BackendError(f"backend {name!r} runs the checkpoint; pass it with --checkpoint FOLDER")
-    return Pipeline.from_checkpoint(checkpoint.folder, dtype=bundle.dtype, compiled=name == "compiled")
+    controlnet = checkpoint.controlnet
+    return Pipeline.from_checkpoint(
+        checkpoint.folder,
+        dtype=bundle.dtype,
+        compiled=name == "compiled",
+        controlnet=None if controlnet is None else controlnet.folder,
+    )
 
 
 def _stages(bundle: Bundle, checkpoint: Checkpoint | None, say: Report) -> Iterator[StageReference]:

@@ -125,6 +125,12 @@ class Bundle:
         """sha256 of manifest.json, which itself holds the hash of every file."""
         return sha256_of(self.folder / MANIFEST)
 
+    @property
+    def controlnet_hash(self) -> str | None:
+        """Of the control network that it was exported with; None without one."""
+        record = self.manifest.get("controlnet")
+        return record.get("hash") if isinstance(record, dict) else None
+
     def onnx_file(self, graph: str) -> Path:
         self.table.graph(graph)
         return inside(self.folder, self.manifest["graphs"][graph]["file"])

@@ -19,6 +19,7 @@ from proteus_deploy._files import hash_files
 from proteus_deploy.component_configs import check_scheduler, check_text_encoder, check_vae
 from proteus_deploy.errors import CheckpointError
 from proteus_deploy.model.config import TransformerConfig, read_transformer_config, shortened
+from proteus_deploy.model.control_config import ControlConfig, read_control_config
 from proteus_deploy.weights import SafetensorsFolder, read_json
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
@@ -35,10 +36,19 @@ class Checkpoint:
     text_encoder: dict[str, Any]
     scheduler: dict[str, Any]
     random_weights_seed: int | None = None
+    controlnet: ControlCheckpoint | None = None
 
     @classmethod
-    def open(cls, folder: str | Path, *, random_weights_seed: int | None = None) -> Checkpoint:
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        random_weights_seed: int | None = None,
+        controlnet: str | Path | None = None,
+    ) -> Checkpoint:
         """Read and validate the configs.
+
+        controlnet: folder of a control network to use with it; it is no part of `hash`.
 
         `random_weights_seed` replaces all weights by random numbers made while they are read, so that a
         folder with configs only can be exported and measured at real size.
@@ -57,7 +67,8 @@ class Checkpoint:
             folder / "scheduler/scheduler_config.json", "_class_name", SCHEDULERS, check_scheduler
         )
         text_encoder = _expect(folder / "text_encoder/config.json", "model_type", ("t5",), check_text_encoder)
-        checkpoint = cls(folder, transformer, vae, text_encoder, scheduler, random_weights_seed)
+        control = None if controlnet is None else ControlCheckpoint.open(controlnet, transformer)
+        checkpoint = cls(folder, transformer, vae, text_encoder, scheduler, random_weights_seed, control)
         checkpoint._check_dimensions()
         return checkpoint
 
@@ -90,6 +101,11 @@ class Checkpoint:
         return folder if folder.is_dir() else None
 
     @property
+    def controlnet_hash(self) -> str | None:
+        """Of the control network that it was opened with; None without one."""
+        return None if self.controlnet is None else self.controlnet.hash
+
+    @property
     def tokenizer(self) -> Path:
         folder = self.folder / "tokenizer"
         if not folder.is_dir():
@@ -110,13 +126,42 @@ class Checkpoint:
 
         Links are followed, those to folders too: the content counts, not where it is kept.
         """
-        digest = hashlib.sha256()
-        names = sorted(_visible_files(self.folder), key=lambda name: name.split("/"))
-        for name, content in hash_files(self.folder, names):
-            digest.update(os.fsencode(f"{name}\0{content}\n"))
+        digest = _folder_digest(self.folder)
         if self.random_weights_seed is not None:
             digest.update(f"random weights {self.random_weights_seed}\n".encode())
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ControlCheckpoint:
+    """A control network's folder in the published layout: config.json and safetensors beside it."""
+
+    folder: Path
+    config: ControlConfig
+
+    @classmethod
+    def open(cls, folder: str | Path, denoiser: TransformerConfig) -> ControlCheckpoint:
+        """Raises CheckpointError naming the file and field at fault, or what doesn't fit the denoiser."""
+        folder = Path(folder)
+        file = folder / "config.json"
+        return cls(folder, read_control_config(read_json(file), denoiser, str(file)))
+
+    def weights(self) -> SafetensorsFolder:
+        """Raises as SafetensorsFolder does."""
+        return SafetensorsFolder(self.folder)
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 over its files, as `Checkpoint.hash`."""
+        return _folder_digest(self.folder).hexdigest()
+
+
+def _folder_digest(folder: Path) -> hashlib._Hash:
+    digest = hashlib.sha256()
+    names = sorted(_visible_files(folder), key=lambda name: name.split("/"))
+    for name, content in hash_files(folder, names):
+        digest.update(os.fsencode(f"{name}\0{content}\n"))
+    return digest
 
 
 def _visible_files(folder: Path) -> Iterator[str]:

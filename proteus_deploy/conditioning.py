@@ -17,6 +17,7 @@ from torch import Tensor
 
 from proteus_deploy.adapters.inputs import AdapterInputs, stack_adapters
 from proteus_deploy.cached_stages import CachedStages
+from proteus_deploy.control import ControlInputs, control_pixels
 from proteus_deploy.errors import InputError
 from proteus_deploy.identity.features import IdentityFeatures
 from proteus_deploy.model.config import TransformerConfig
@@ -48,6 +49,7 @@ class Condition:
     generators: list[torch.Generator]
     schedules: tuple[Tensor, ...]  # per video: face tokens of all timesteps, [T, Q, d_face]
     adapter_inputs: AdapterInputs | None = None
+    control: ControlInputs | None = None
 
     def face_tokens(self, index: int, rows: int) -> Tensor:
         """Face tokens of step `index`: [1, Q, d] for one video, else one of each row, B or 2B."""
@@ -56,9 +58,10 @@ class Condition:
             return tokens
         return tokens.repeat(rows // len(self.schedules), 1, 1)
 
-    def adapters(self, timestep: int, rows: int) -> dict[str, Tensor]:
-        """The denoiser's inputs of the videos' adapters; empty where no video has one."""
-        return {} if self.adapter_inputs is None else self.adapter_inputs.at(timestep, rows)
+    def side_inputs(self, index: int, timestep: int, latents: Tensor) -> dict[str, Tensor]:
+        """The denoiser's inputs of the videos' adapters and control videos; empty where no video has one."""
+        adapters = {} if self.adapter_inputs is None else self.adapter_inputs.at(timestep, len(latents))
+        return adapters if self.control is None else adapters | self.control.at(index, timestep, latents)
 
 
 class Conditioner:
@@ -111,7 +114,7 @@ class Conditioner:
             images.append(self._image_latents(request, identity, image, generators[index]))
             watch("identity", index + 1, len(requests))
         fused = self._fuse(requests, identities)
-        text = self._text(requests, fused)
+        text, prompts = self._text(requests, fused)
         watch("text", 1, 1)
         schedules = tuple(
             self._schedule(identity, fused[index : index + 1] if fused is not None else None, timesteps)
@@ -133,6 +136,7 @@ class Conditioner:
                 self._backend.device,
                 most=self._backend.table.axes["R"].max if "R" in self._backend.table.axes else MOST_RANK,
             ),
+            control=self._control(requests, prompts, len(timesteps)),
         )
 
     def read_photo(self, photo: Photo, face_index: int | None) -> tuple[IdentityFeatures, Any]:
@@ -209,13 +213,32 @@ class Conditioner:
             fused.append(outputs["fused"])
         return torch.cat(fused)
 
-    def _text(self, requests: Sequence[GenerateRequest], fused: Tensor | None) -> Tensor:
+    def _text(self, requests: Sequence[GenerateRequest], fused: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(what the denoiser reads, the prompts alone), both [rows, L, d]."""
         prompts = [request.prompt for request in requests]
         if requests[0].guided:
             prompts = [request.negative_prompt or "" for request in requests] + prompts
             fused = torch.cat((fused, fused)) if fused is not None else None
         text, mask = self._embed(prompts, requests[0].max_sequence_length or 0)
-        return text if fused is None else combine_text_and_identity(text, mask, fused)
+        return (text if fused is None else combine_text_and_identity(text, mask, fused)), text
+
+    def _control(
+        self, requests: Sequence[GenerateRequest], prompts: Tensor, steps: int
+    ) -> ControlInputs | None:
+        controls = [request.control for request in requests]
+        if not any(controls):
+            return None
+        encoded: list[Tensor | None] = []
+        for request, control in zip(requests, controls, strict=True):
+            if control is None:
+                encoded.append(None)
+                continue
+            size = (request.num_frames or 0, request.height or 0, request.width or 0)
+            pixels = control_pixels(control, *size)
+            encoded.append(self._stages["control_encoder"](video=pixels)["encoded"])
+        like = next(each for each in encoded if each is not None)
+        stacked = torch.cat([torch.zeros_like(like) if each is None else each for each in encoded])
+        return ControlInputs(self._stages["controlnet"], controls, stacked, prompts, steps)
 
     def _schedule(self, identity: IdentityFeatures, fused: Tensor | None, timesteps: Tensor) -> Tensor:
         """Face tokens of all timesteps, [T, Q, d], in as few calls as the declared range allows."""

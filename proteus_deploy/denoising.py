@@ -40,8 +40,11 @@ class StepCondition(Protocol):
     def face_tokens(self, index: int, rows: int) -> Tensor:
         """Of step `index`: [1 or rows, Q, d_face]."""
 
-    def adapters(self, timestep: int, rows: int) -> Mapping[str, Tensor]:
-        """The denoiser's inputs of adapters at a timestep, of 1 or `rows` rows; empty without adapters."""
+    def side_inputs(self, index: int, timestep: int, latents: Tensor) -> Mapping[str, Tensor]:
+        """What adapters and a control video give the denoiser in step `index`; empty without them.
+
+        latents [2B or B, F, C, h, w]: the rows of the step, scaled.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +88,7 @@ def denoising_steps(
                 timestep=torch.full((len(rows),), timestep, device=rows.device),
                 face_tokens=condition.face_tokens(index, len(rows)),
                 identity_gate=condition.gate * step.gate,
-                **condition.adapters(timestep, len(rows)),
+                **condition.side_inputs(index, timestep, rows),
             )["velocity"]
             policy.keep(step, velocity.float())
         guided = policy.velocity(scale_at(index, timestep))

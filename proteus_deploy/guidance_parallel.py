@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["use_guidance_parallel"]
 
-_PER_ROW = ("latents", "text", "timestep", *ONE_FOR_ALL)
+_PER_ROW = ("latents", "text", "timestep", "control", *ONE_FOR_ALL)
 
 
 def use_guidance_parallel(pipeline: Pipeline, group: ProcessGroup | None = None) -> None:

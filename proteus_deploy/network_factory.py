@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from proteus_deploy.errors import InputError
+from proteus_deploy.model.control import ControlEncoder, ControlNetwork
 from proteus_deploy.model.networks import (
     Kernels,
     Network,
@@ -46,6 +48,7 @@ class NetworkFactory:
         self._transformer: WeightSource | None = None
         self._vae: WeightSource | None = None
         self._text: WeightSource | None = None
+        self._control: WeightSource | None = None
 
     def __call__(self, graph: str) -> Network:
         """The network of one graph of the stage table."""
@@ -55,10 +58,13 @@ class NetworkFactory:
                 folded=self.folded,
                 kernels=self.kernels,
                 attention=self.attention,
+                controlled=self.checkpoint.controlnet is not None,
             )
             if self._transformer is None:
                 self._transformer = self._checked("transformer", _shapes(modules.values(), _same))
             return Network(modules[graph], "transformer", _same, self._transformer)
+        if graph in ("control_encoder", "controlnet"):
+            return self._control_network(graph)
         if graph == "text_encoder":
             return self._text_network()
         if graph.startswith("vae_"):
@@ -66,12 +72,33 @@ class NetworkFactory:
         return self._face_network(graph)
 
     def _checked(self, component: str, expected: Mapping[str, tuple[int, ...]]) -> WeightSource:
+        return self._source(expected, lambda: self.checkpoint.weights(component))
+
+    def _source(
+        self, expected: Mapping[str, tuple[int, ...]], stored: Callable[[], WeightSource]
+    ) -> WeightSource:
         seed = self.checkpoint.random_weights_seed
         if seed is not None:
             return RandomWeights(expected, seed=seed)
-        store = self.checkpoint.weights(component)
+        store = stored()
         check_keys(expected, store)
         return store
+
+    def _control_network(self, graph: str) -> Network:
+        controlnet = self.checkpoint.controlnet
+        if controlnet is None:
+            raise InputError(
+                f"graph {graph!r} is a control network's, and this checkpoint was opened without one"
+            )
+        with torch.device("meta"):
+            modules = {
+                "control_encoder": ControlEncoder(controlnet.config),
+                "controlnet": ControlNetwork(controlnet.config),
+            }
+        if self._control is None:
+            expected = _shapes(modules.values(), _same)
+            self._control = self._source(expected, controlnet.weights)
+        return Network(modules[graph], "controlnet", _same, self._control)
 
     def _vae_network(self, graph: str) -> Network:
         config = self.checkpoint.vae
@@ -89,16 +116,8 @@ class NetworkFactory:
             module = TextEncoder(self.checkpoint.text_encoder)
         expected = _shapes((module,), _t5_key)
         if self._text is None:
-            self._text = self._checked_text(expected)
+            self._text = self._source(expected, lambda: _T5Weights(self.checkpoint.weights("text_encoder")))
         return Network(module, "text_encoder", _t5_key, self._text)
-
-    def _checked_text(self, expected: Mapping[str, tuple[int, ...]]) -> WeightSource:
-        seed = self.checkpoint.random_weights_seed
-        if seed is not None:
-            return RandomWeights(expected, seed=seed)
-        store = _T5Weights(self.checkpoint.weights("text_encoder"))
-        check_keys(expected, store)
-        return store
 
     def _face_network(self, graph: str) -> Network:
         from proteus_deploy.identity.networks import face_network

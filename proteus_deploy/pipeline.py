@@ -171,6 +171,7 @@ class Pipeline:
         low_memory: bool = False,
         cache: StageCache | None = None,
         quantize: Quantizer | None = None,
+        controlnet: str | Path | None = None,
     ) -> Pipeline:
         """The PyTorch reference on a checkpoint folder. Weights are read on first use of each stage.
 
@@ -179,11 +180,12 @@ class Pipeline:
         name of `kernels.joint_attention.attention_with`. low_memory: see `Pipeline`.
         cache: keeps results of text and identity stages across requests; its first use hashes the folder.
         quantize: a recipe's layers, `export.torch_quantizer.TorchQuantizer` (docs/quantize-torch.md).
+        controlnet: folder of a control network, for requests with a control video (docs/control.md).
         Raises CheckpointError, BackendError or InputError.
         """
         from proteus_deploy.runtime.eager import EagerBackend, default_dtype
 
-        checkpoint = Checkpoint.open(folder)
+        checkpoint = Checkpoint.open(folder, controlnet=controlnet)
         precision = default_dtype(device, compiled=compiled) if dtype is None else resolve_dtype(dtype)
         backend = EagerBackend(
             checkpoint,
@@ -267,7 +269,7 @@ class Pipeline:
         PhotoError, InputError.
         """
         found = self._conditioner.read_photo(photo, face_index)
-        self._make_room_for(None)
+        self._make_room_for()
         return found
 
     def generate(
@@ -320,7 +322,7 @@ class Pipeline:
         resolved, shared, stepper, condition = start.requests, start.request, start.stepper, start.condition
         policy = PlanRun(shared.plan, stepper.timesteps.tolist(), guided=shared.guided)
         latents, total = start.latents, len(stepper.timesteps)
-        self._make_room_for("denoiser")
+        self._make_room_for("denoiser", *(("controlnet",) if condition.control is not None else ()))
         watch.check()
         for done in denoising_steps(
             self.stages["denoiser"], condition, stepper, policy, latents, partial(guidance_scale, shared)
@@ -338,7 +340,7 @@ class Pipeline:
         steps = policy.record()
         self._make_room_for("vae_decoder")
         videos = [self._finish(one, row, steps, watch) for one, row in zip(resolved, latents, strict=True)]
-        self._make_room_for(None)
+        self._make_room_for()
         return videos
 
     def start(self, request: GenerateRequest, *, initial_latents: Tensor | None = None) -> LoopStart:
@@ -358,6 +360,11 @@ class Pipeline:
             check_ranges(shared, len(resolved), self.backend.table, self.config.backbone)
         for request in resolved:
             self._check_adapters(request)
+            if request.control is not None and "controlnet" not in self.stages:
+                raise InputError(
+                    "control was given, and there is no control network here; open the checkpoint with "
+                    "controlnet=FOLDER, or export the bundle with --controlnet FOLDER"
+                )
         watch.check()
         stepper = Stepper(self._scheduler, shared.scheduler, shared.num_inference_steps)
         condition = self._conditioner.prepare(resolved, stepper.timesteps, watch)
@@ -389,11 +396,11 @@ class Pipeline:
         picture = (frames[0, :, -1] / 2 + 0.5).clamp(0, 1) * 255
         return picture.round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
 
-    def _make_room_for(self, stage: str | None) -> None:
+    def _make_room_for(self, *stages: str) -> None:
         """Release the networks of every other stage, where memory is short."""
         if self._low_memory:
             for graph in self.backend.table.graphs:
-                if graph.stage != stage:
+                if graph.stage not in stages:
                     self.backend.release(graph.name)
 
     def _check_adapters(self, request: GenerateRequest) -> None:

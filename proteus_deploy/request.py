@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from proteus_deploy.adapters.adapter import AdapterUse
+from proteus_deploy.control import Control
 from proteus_deploy.errors import InputError
 from proteus_deploy.model.config import TransformerConfig, shortened
 from proteus_deploy.policies.plan import Plan
@@ -47,6 +48,7 @@ class GenerateRequest:
     scheduler: None takes the checkpoint's.
     plan: what may be left out of the loop (docs/policies.md); None computes everything.
     adapters: a person's, styles, or several at once (docs/adapters.md).
+    control: a control video, for a checkpoint or bundle with a control network (docs/control.md).
     """
 
     prompt: str
@@ -71,6 +73,7 @@ class GenerateRequest:
     identity_scale: float | None = None
     plan: Plan | None = None
     adapters: tuple[AdapterUse, ...] = ()
+    control: Control | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -85,10 +88,12 @@ class GenerateRequest:
             document["plan"] = self.plan.to_json()
         if self.adapters:
             document["adapters"] = [use.to_json() for use in self.adapters]
+        if self.control is not None:
+            document["control"] = self.control.to_json()
         return document
 
 
-_NOT_JSON = {"photo", "identity", "condition_image", "plan", "adapters", "metadata"}
+_NOT_JSON = {"photo", "identity", "condition_image", "plan", "adapters", "control", "metadata"}
 
 
 def resolve_request(request: GenerateRequest, config: TransformerConfig) -> GenerateRequest:
@@ -121,6 +126,7 @@ def resolve_request(request: GenerateRequest, config: TransformerConfig) -> Gene
     _check_size(filled, config)
     _check_plan(filled)
     filled = replace(filled, adapters=_checked_adapters(filled.adapters))
+    _check_control(filled)
     _warn_of_extra_frames(filled, config)
     return filled
 
@@ -329,6 +335,15 @@ def _checked_adapters(adapters: Any) -> tuple[AdapterUse, ...]:
         if not isinstance(use, AdapterUse):
             raise InputError(f"adapters holds {shortened(use)}; pass AdapterUse(read_adapter(file), scale)")
     return tuple(adapters)
+
+
+def _check_control(request: GenerateRequest) -> None:
+    control: Any = request.control
+    if control is None:
+        return
+    if not isinstance(control, Control):
+        raise InputError(f"control is {shortened(control)}; pass Control(video, scale), or None")
+    control.check()
 
 
 def _warn_of_extra_frames(request: GenerateRequest, config: TransformerConfig) -> None:

@@ -54,6 +54,11 @@ def use_sequence_parallel(pipeline: Pipeline, group: ProcessGroup | None = None)
             "the pipeline's denoiser was replaced already; call use_sequence_parallel once, on a freshly "
             "opened pipeline, and use_guidance_parallel after it"
         )
+    if "controlnet" in pipeline.stages:
+        raise BackendError(
+            "a pipeline with a control network can't share its sequence; open it without controlnet, or "
+            "share the rows with use_guidance_parallel"
+        )
     heads = pipeline.config.backbone.num_attention_heads
     processes = torch.distributed.get_world_size(group)
     if heads % processes:

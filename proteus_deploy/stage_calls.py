@@ -45,39 +45,22 @@ class Stage:
         return self.backend.runner(self.name)(**_cast(graph_dtypes(graph), inputs, self.backend))
 
 
-class DenoiserStage(Stage):
-    """latents, text, timestep, face_tokens -> velocity.
+class StepStage(Stage):
+    """A network of every step: the rotary tables, from the latents' shape, are filled in when they are not
+    passed."""
 
-    The gate (default: the checkpoint's `local_face_scale`) and the rotary tables (from the latents'
-    shape) are filled in when they are not passed; so are adapters that change nothing, where the graph must
-    have some.
-    """
-
-    def __init__(self, backend: Backend, config: TransformerConfig) -> None:
-        super().__init__("denoiser", backend)
+    def __init__(self, name: str, backend: Backend, config: TransformerConfig) -> None:
+        super().__init__(name, backend)
         self._config = config
         self._tables: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         _check_tensors(self.name, inputs)
-        inputs = dict(inputs)
-        inputs.setdefault("identity_gate", torch.tensor([self._config.identity_attention.scale]))
         if "rotary_cos" in self.inputs and "rotary_cos" not in inputs:
             if "latents" not in inputs or inputs["latents"].ndim != 5:
-                raise InputError("denoiser: latents [B, F, C, h, w] are needed to make the rotary tables")
-            inputs["rotary_cos"], inputs["rotary_sin"] = self._rotary(inputs["latents"])
-        graph = self.backend.table.graph("denoiser")
-        first = ADAPTER_INPUTS[0]
-        if first not in inputs and first in self.inputs and not graph.input(first).optional:
-            inputs |= idle_adapters(graph, self.backend.dtype, self.backend.device)
-        rows = inputs["latents"].shape[0] if "latents" in inputs and inputs["latents"].ndim else 1
-        for name in ONE_FOR_ALL:
-            value = inputs.get(name)
-            if value is None or value.shape[:1] != (1,):
-                continue
-            axes = graph.input(name).axes
-            if axes[0] == "B" and value.ndim == len(axes):
-                inputs[name] = value.expand(rows, *[-1] * (value.ndim - 1))
+                raise InputError(f"{self.name}: latents [B, F, C, h, w] are needed to make the rotary tables")
+            cos, sin = self._rotary(inputs["latents"])
+            inputs = {**inputs, "rotary_cos": cos, "rotary_sin": sin}
         return super().__call__(**inputs)
 
     def _rotary(self, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,6 +75,48 @@ class DenoiserStage(Stage):
             cos, sin = rotary_tables(backbone, *grid)
             self._tables[grid] = cos.to(self.backend.device), sin.to(self.backend.device)
         return self._tables[grid]
+
+
+class DenoiserStage(StepStage):
+    """latents, text, timestep, face_tokens -> velocity.
+
+    The gate (default: the checkpoint's `local_face_scale`) and the rotary tables are filled in when they are
+    not passed; so are adapters and residuals of a control network that change nothing, where the graph must
+    have some.
+    """
+
+    def __init__(self, backend: Backend, config: TransformerConfig) -> None:
+        super().__init__("denoiser", backend, config)
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        _check_tensors(self.name, inputs)
+        inputs = dict(inputs)
+        inputs.setdefault("identity_gate", torch.tensor([self._config.identity_attention.scale]))
+        graph = self.backend.table.graph("denoiser")
+        needed = [spec.name for spec in graph.inputs if not spec.optional]
+        first = ADAPTER_INPUTS[0]
+        if first in needed and first not in inputs:
+            inputs |= idle_adapters(graph, self.backend.dtype, self.backend.device)
+        latents = inputs.get("latents", torch.empty(1))
+        if "control" in needed and "control" not in inputs and latents.ndim == 5:
+            inputs["control"] = self._no_control(graph, latents)
+        rows = latents.shape[0] if latents.ndim else 1
+        for name in ONE_FOR_ALL:
+            value = inputs.get(name)
+            if value is None or value.shape[:1] != (1,):
+                continue
+            axes = graph.input(name).axes
+            if axes[0] == "B" and value.ndim == len(axes):
+                inputs[name] = value.expand(rows, *[-1] * (value.ndim - 1))
+        return super().__call__(**inputs)
+
+    def _no_control(self, graph: Graph, latents: Tensor) -> Tensor:
+        rows, frames, _, height, width = latents.shape
+        patch = self._config.backbone.patch_size
+        sizes = {"B": rows, "f": frames, "y": height // patch, "x": width // patch}
+        return torch.zeros(
+            graph.input("control").shape(sizes), dtype=self.backend.dtype, device=self.backend.device
+        )
 
 
 class VaeDecoderStage(Stage):
@@ -134,6 +159,7 @@ class Stages(dict[str, Stage]):
 def stages_of(backend: Backend, config: TransformerConfig, tiling: Tiling | None) -> Stages:
     """Every stage of the backend's table, by name."""
     special: Mapping[str, Stage] = {
+        "controlnet": StepStage("controlnet", backend, config),
         "denoiser": DenoiserStage(backend, config),
         "vae_decoder": VaeDecoderStage(backend, tiling),
     }

@@ -5,11 +5,13 @@ Shapes follow from the checkpoint's configs; ranges of the dynamic axes from Exp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from proteus_deploy.errors import InputError
 from proteus_deploy.model.config import BackboneConfig, TransformerConfig
+from proteus_deploy.model.control_config import FRAMES_PER_LATENT, ControlConfig
 from proteus_deploy.model.low_rank import MOST_RANK, PROJECTIONS
 from proteus_deploy.model.networks import cache_layout, vae_on_meta
 from proteus_deploy.stages import Axis, AxisRange, Graph, StageTable, TensorSpec
@@ -71,7 +73,8 @@ def fixed_size(config: BackboneConfig) -> bool:
 def build_stage_table(
     checkpoint: Checkpoint, ranges: ExportRanges | None = None, *, optional_adapters: bool = False
 ) -> StageTable:
-    """All graphs of a checkpoint. optional_adapters: as PyTorch takes them, in place of `max_lora_rank`.
+    """All graphs of a checkpoint. optional_adapters: as PyTorch takes them, in place of `max_lora_rank`, and
+    so are the residuals of its control network.
 
     Raises InputError when a range is out of bounds.
     """
@@ -87,12 +90,18 @@ def build_stage_table(
             f"--max-lora-rank is {ranges.max_lora_rank}, but this denoiser has no rotary positions; adapters "
             "are for those that have: leave it out"
         )
-    adapters = _adapters(config, several=ranges.max_videos > 1, optional=optional_adapters)
+    control = checkpoint.controlnet.config if checkpoint.controlnet is not None else None
     with_adapters = config.backbone.rotary and (optional_adapters or ranges.max_lora_rank)
+    side_inputs: list[TensorSpec] = []
+    if control is not None:
+        side_inputs.append(_residuals(control, optional=optional_adapters))
+    if with_adapters:
+        side_inputs += _adapters(config, several=ranges.max_videos > 1, optional=optional_adapters)
     graphs = [
         _text_encoder(checkpoint),
         *_identity_graphs(config),
-        _denoiser(config, adapters if with_adapters else (), several=ranges.max_videos > 1),
+        *([] if control is None else _control_graphs(control)),
+        _denoiser(config, side_inputs, several=ranges.max_videos > 1),
         *_vae_graphs(checkpoint),
     ]
     axes = _axes(config, ranges)
@@ -242,7 +251,42 @@ def _adapters(config: TransformerConfig, *, several: bool, optional: bool) -> tu
     )
 
 
-def _denoiser(config: TransformerConfig, adapters: tuple[TensorSpec, ...], *, several: bool) -> Graph:
+def _residuals(control: ControlConfig, *, optional: bool = False) -> TensorSpec:
+    axes: tuple[Axis, ...] = ("B", control.backbone.num_layers, "f", "y", "x", control.out_dim)
+    return TensorSpec("control", axes, optional=optional)
+
+
+def _control_graphs(control: ControlConfig) -> list[Graph]:
+    """Of CogVideoX 1.0, where a token frame is a latent frame."""
+    backbone, patch = control.backbone, control.backbone.patch_size
+    rows, columns = _multiple(patch, "y"), _multiple(patch, "x")
+    frames, height, width = (
+        _multiple(factor, symbol)
+        for factor, symbol in (
+            (FRAMES_PER_LATENT, "f"),
+            (VAE_SPATIAL * patch, "y"),
+            (VAE_SPATIAL * patch, "x"),
+        )
+    )
+    video = TensorSpec("video", (1, frames, control.channels, height, width), fill="unit")
+    encoded_channels = control.folded_channels[-1]
+    table: tuple[Axis, ...] = ("f", "y", "x", backbone.attention_head_dim)
+    inputs = (
+        TensorSpec("latents", ("B", "f", control.latent_channels, rows, columns)),
+        TensorSpec("encoded", ("B", "f", encoded_channels, rows, columns)),
+        TensorSpec("text", ("B", "L", backbone.text_embed_dim)),
+        TensorSpec("timestep", ("B",), "int64", "timesteps", 1000),
+        TensorSpec("rotary_cos", table, "float32", "cos"),
+        TensorSpec("rotary_sin", table, "float32", "sin"),
+    )
+    encoded = TensorSpec("encoded", (1, "f", encoded_channels, rows, columns))
+    return [
+        Graph("control_encoder", "control_encoder", (video,), (encoded,)),
+        Graph("controlnet", "controlnet", inputs, (_residuals(control),)),
+    ]
+
+
+def _denoiser(config: TransformerConfig, side_inputs: Sequence[TensorSpec], *, several: bool) -> Graph:
     backbone = config.backbone
     identities = "B" if several else 1  # one identity is broadcast over the guidance pair
     frames = _multiple(backbone.patch_size_t or 1, "f")
@@ -261,7 +305,7 @@ def _denoiser(config: TransformerConfig, adapters: tuple[TensorSpec, ...], *, se
             TensorSpec("rotary_sin", table, "float32", "sin"),
         ]
     velocity = TensorSpec("velocity", ("B", frames, backbone.out_channels, rows, columns))
-    return Graph("denoiser", "denoiser", (*inputs, *adapters), (velocity,))
+    return Graph("denoiser", "denoiser", (*inputs, *side_inputs), (velocity,))
 
 
 def _vae_graphs(checkpoint: Checkpoint) -> list[Graph]:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from proteus_deploy.cli.control_flags import add_controlnet_argument
 from proteus_deploy.cli.triton_flags import (
     add_triton_flags,
     check_triton_flags,
@@ -32,6 +33,7 @@ _OF_THE_EXPORT = (
     "max_num_frames",
     "max_videos",
     "max_lora_rank",
+    "controlnet",
     "reference",
     "identity_plugin",
     "quantize",
@@ -64,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="leave room for adapters whose ranks sum to R (0: none); see docs/adapters.md",
     )
+    add_controlnet_argument(parser, "a control network to put beside the denoiser, for control videos")
     parser.add_argument(
         "--reference",
         choices=("auto", "video", "stages", "none"),
@@ -161,7 +164,11 @@ def _export(arguments: argparse.Namespace) -> Bundle:
     check_triton_flags(arguments, dtype)
     recipe, statistics = _quantisation(arguments)
     earlier = None if arguments.graphs_from is None else open_bundle(arguments.graphs_from)
-    checkpoint = Checkpoint.open(arguments.source, random_weights_seed=arguments.random_weights)
+    checkpoint = Checkpoint.open(
+        arguments.source,
+        random_weights_seed=arguments.random_weights,
+        controlnet=arguments.controlnet,
+    )
     check_triton_source(arguments, checkpoint)
     ranges = ExportRanges(
         arguments.max_height,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from proteus_deploy._files import check_writable
 from proteus_deploy.cli.adapter_flags import adapters_of, add_adapter_argument
+from proteus_deploy.cli.control_flags import add_control_arguments, add_controlnet_argument, control_of
 from proteus_deploy.cli.output import print_json, print_table
 from proteus_deploy.cli.paths import kind_of, open_bundle
 from proteus_deploy.cli.quantize_flags import add_quantize_arguments, quantizer_of
@@ -53,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoint only: of the denoiser, docs/generate.md (default: torch)",
     )
     add_adapter_argument(parser)
+    add_control_arguments(parser)
+    add_controlnet_argument(parser, "checkpoint only: the control network that --control-video is for")
     add_quantize_arguments(parser)
     parser.add_argument("--vae-tiling", action="store_true", help="decode in tiles: less memory, more time")
     parser.add_argument(
@@ -182,6 +185,7 @@ def _request(arguments: argparse.Namespace) -> GenerateRequest:
         scheduler=arguments.scheduler,
         plan=read_plan(arguments.plan) if arguments.plan is not None else None,
         adapters=adapters_of(arguments.adapter),
+        control=control_of(arguments),
     )
 
 
@@ -201,6 +205,11 @@ def _open(kind: str, arguments: argparse.Namespace) -> Pipeline:
             raise InputError(
                 f"--attention is {arguments.attention}; a bundle's graphs have theirs: leave the flag "
                 "out, or generate from the checkpoint"
+            )
+        if arguments.controlnet is not None:
+            raise InputError(
+                f"--controlnet is {arguments.controlnet}; a bundle has the control network that it was "
+                "exported with: leave the flag out, or export again with it"
             )
         return Pipeline.from_bundle(
             open_bundle(arguments.path),
@@ -222,6 +231,7 @@ def _open(kind: str, arguments: argparse.Namespace) -> Pipeline:
         attention=arguments.attention or "torch",
         quantize=quantize,
         vae_tiling=arguments.vae_tiling,
+        controlnet=arguments.controlnet,
         low_memory=arguments.low_memory,
     )
 

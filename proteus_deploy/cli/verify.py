@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from proteus_deploy.cli.control_flags import add_controlnet_argument
 from proteus_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="compute the reference from this checkpoint now"
+    )
+    add_controlnet_argument(
+        parser, "with --checkpoint: what the bundle was exported with"
     )
     parser.add_argument(
         "--budget",
@@ -66,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
             bundle,
             backends,
             checkpoint=arguments.checkpoint,
+            controlnet=arguments.controlnet,
             budget=tolerances,
             on_video=None if quality is None else quality.measure,
             report=progress,

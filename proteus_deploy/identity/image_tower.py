@@ -108,7 +108,7 @@ class _Block(nn.Module):
         return result
 
 
-class _PatchEmbedding(nn.Module):
+class PatchEmbedding(nn.Module):
     def __init__(self, width: int, patch: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(3, width, patch, stride=patch)
@@ -132,7 +132,7 @@ class ImageTower(nn.Module):
         self.sizes = sizes
         self.cls_token = nn.Parameter(torch.empty(1, 1, sizes.width))
         self.pos_embed = nn.Parameter(torch.empty(1, sizes.grid**2 + 1, sizes.width))
-        self.patch_embed = _PatchEmbedding(sizes.width, sizes.patch)
+        self.patch_embed = PatchEmbedding(sizes.width, sizes.patch)
         self.blocks = nn.ModuleList(_Block(sizes) for _ in range(sizes.depth))
         self.norm = nn.LayerNorm(sizes.width, eps=_NORM_EPSILON)
         self.head = nn.Linear(sizes.width, sizes.pooled)

@@ -19,7 +19,7 @@ from proteus_deploy.model.fused_block import FusedBlock
 from proteus_deploy.model.identity_attention import IdentityForm
 from proteus_deploy.model.identity_fusion import IdentityFusion
 from proteus_deploy.model.identity_schedule import IdentitySchedule, LocalFacialExtractor
-from proteus_deploy.model.transformer import Block, Denoiser
+from proteus_deploy.model.transformer import Block, ControlledDenoiser, Denoiser
 from proteus_deploy.weights import WeightSource, read_all
 
 Kernels = Literal["reference", "triton"]
@@ -165,13 +165,19 @@ def fill_computed_buffers(module: nn.Module, device: str | torch.device) -> None
 
 
 def transformer_networks(
-    config: TransformerConfig, *, folded: bool, kernels: Kernels = "reference", attention: str = "torch"
+    config: TransformerConfig,
+    *,
+    folded: bool,
+    kernels: Kernels = "reference",
+    attention: str = "torch",
+    controlled: bool = False,
 ) -> dict[str, nn.Module]:
     """The transformer's stages on the meta device, keyed by stage.
 
-    folded: identity attention in its folded form. kernels: "triton" puts the fused kernels into the
-    denoiser, which are always folded. attention: over its joint tokens, a name of `attention_with`, with or
-    without those kernels. Raises BackendError where it isn't known or installed.
+    folded: identity attention in its folded form. controlled: the denoiser has the input `control`.
+    kernels: "triton" puts the fused kernels into the denoiser, which are always folded. attention: over its
+    joint tokens, a name of `attention_with`, with or without those kernels.
+    Raises BackendError where it isn't known or installed.
     """
     form: IdentityForm = "triton" if kernels == "triton" else "folded" if folded else "published"
     block = FusedBlock if kernels == "triton" else Block
@@ -183,7 +189,8 @@ def transformer_networks(
             networks["identity_schedule"] = LocalFacialExtractor(config.schedule)
         else:
             networks["identity_schedule"] = IdentitySchedule(config.schedule)
-        networks["denoiser"] = Denoiser(config, form=form, block=block, attention=attention_with(attention))
+        denoiser = ControlledDenoiser if controlled else Denoiser
+        networks["denoiser"] = denoiser(config, form=form, block=block, attention=attention_with(attention))
     return networks
 
 

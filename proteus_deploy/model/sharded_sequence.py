@@ -139,8 +139,12 @@ class SequenceParallelDenoiser(Denoiser):
         face_tokens: Tensor,
         identity_gate: Tensor,
         adapters: BlockAdapters | None = None,
+        control: Tensor | None = None,
     ) -> Tensor:
-        """As `Denoiser.denoise_tokens`: all tokens in (embedding them is little work), all patches out."""
+        """As `Denoiser.denoise_tokens`: all tokens in (embedding them is little work), all patches out.
+
+        control must be None: residuals aren't divided."""
+        assert control is None  # use_sequence_parallel refuses pipelines that have it
         text, video = self.shares.divide(text, video)
         patches = super().denoise_tokens(text, video, time, rotary, face_tokens, identity_gate, adapters)
         return self.shares.gather_video(patches)

@@ -44,7 +44,7 @@ class Denoiser(nn.Module):
         backbone, identity = config.backbone, config.identity_attention
         self.config = backbone
         self.interval = identity.interval
-        self.patch_embed = _PatchEmbed(backbone)
+        self.patch_embed = PatchEmbed(backbone)
         table = partial(
             SinusoidTable, flip_sin_to_cos=backbone.flip_sin_to_cos, freq_shift=backbone.freq_shift
         )
@@ -78,13 +78,15 @@ class Denoiser(nn.Module):
         adapter_down: Tensor | None = None,
         adapter_up: Tensor | None = None,
         adapter_scale: Tensor | None = None,
+        control: Tensor | None = None,
     ) -> Tensor:
         """Velocity [B, F, out_channels, h, w] of one denoising step.
 
         latents [B, F, in_channels, h, w] (noisy and condition side by side), text [B, L, d_text] with the
         fused tokens in front, timestep [B] int64, face_tokens [B or 1, Q, d_face], identity_gate [1]
         float32, rotary tables [f, y, x, D] float32 over the token grid (None without rotary embedding),
-        adapters as in `BlockAdapters` (None where there are none).
+        adapters as in `BlockAdapters` and control [B, K, f, y, x, d], added after the first K blocks (None
+        where there are none).
         """
         time = self.time_vector(timestep, latents.dtype)
         text, video = self.patch_embed(text, latents)
@@ -94,7 +96,10 @@ class Denoiser(nn.Module):
         adapters = None
         if adapter_down is not None and adapter_up is not None and adapter_scale is not None:
             adapters = BlockAdapters(adapter_down, adapter_up, adapter_scale)
-        patches = self.denoise_tokens(text, video, time, rotary, face_tokens, identity_gate, adapters)
+        residuals = None if control is None else control.flatten(2, 4)
+        patches = self.denoise_tokens(
+            text, video, time, rotary, face_tokens, identity_gate, adapters, residuals
+        )
         return self.unpatchify(patches, latents)
 
     def denoise_tokens(
@@ -106,11 +111,17 @@ class Denoiser(nn.Module):
         face_tokens: Tensor,
         identity_gate: Tensor,
         adapters: BlockAdapters | None = None,
+        control: Tensor | None = None,
     ) -> Tensor:
-        """Tokens [B, L, d] and [B, N, d] -> velocity patches [B, N, patch volume * out_channels]."""
+        """Tokens [B, L, d] and [B, N, d] -> velocity patches [B, N, patch volume * out_channels].
+
+        control [B, K, N, d]: residuals of the first K blocks.
+        """
         for index, block in enumerate(self.transformer_blocks):
             adapter = None if adapters is None else adapters.of(index)
             text, video = block(text, video, time, rotary, adapter)
+            if control is not None and index < control.shape[1]:
+                video = video + control[:, index]
             if index % self.interval == 0:
                 identity = self.perceiver_cross_attention[index // self.interval]
                 video = identity(video, face_tokens, identity_gate)
@@ -134,6 +145,27 @@ class Denoiser(nn.Module):
             return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
         x = patches.reshape(batch, frames // p_t, *grid, -1, p_t, p, p)
         return x.permute(0, 1, 5, 4, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(1, 2)
+
+
+class ControlledDenoiser(Denoiser):
+    """A denoiser whose graph always has the input `control`, and adapters only where they were asked for."""
+
+    def forward(  # type: ignore[override]
+        self,
+        latents: Tensor,
+        text: Tensor,
+        timestep: Tensor,
+        face_tokens: Tensor,
+        identity_gate: Tensor,
+        rotary_cos: Tensor,
+        rotary_sin: Tensor,
+        control: Tensor | None,
+        *adapters: Tensor | None,
+    ) -> Tensor:
+        """As `Denoiser.forward`, with its inputs in the order of the graph's."""
+        down, up, scale = adapters or (None, None, None)
+        inputs = (latents, text, timestep, face_tokens, identity_gate, rotary_cos, rotary_sin)
+        return super().forward(*inputs, down, up, scale, control)
 
 
 class Block(nn.Module):
@@ -260,7 +292,7 @@ class _FinalModulation(nn.Module):
         return modulated_norm(video, shift, scale, self.norm.weight, self.norm.bias, self.norm.eps)
 
 
-class _PatchEmbed(nn.Module):
+class PatchEmbed(nn.Module):
     """Text projection and video patches; adds learned or sinusoidal positions where there are any."""
 
     def __init__(self, config: BackboneConfig) -> None:

@@ -89,6 +89,11 @@ class DifferentiableBackend:
                 f"{bundle.folder} is quantised ({', '.join(sorted(quantised))}), and rounded weights give no "
                 "gradients; train on the checkpoint or a bundle without --quantize: the adapter runs on both"
             )
+        if "controlnet" in bundle.table.stages:
+            raise BundleError(
+                f"{bundle.folder} has a control network, which nothing here trains with; train on the "
+                "checkpoint or a bundle without --controlnet: the adapter runs on both"
+            )
         return cls(bundle.table, partial(_bundle_network, bundle), others=others, **options)
 
     def runner(self, graph: str) -> Runner:

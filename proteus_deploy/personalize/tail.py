@@ -70,8 +70,8 @@ class _WithAdapter:
     def face_tokens(self, index: int, rows: int) -> Tensor:
         return self.condition.face_tokens(index, rows)
 
-    def adapters(self, timestep: int, rows: int) -> Mapping[str, Tensor]:
-        return {} if self.adapter is None else self.adapter(timestep, rows)
+    def side_inputs(self, index: int, timestep: int, latents: Tensor) -> Mapping[str, Tensor]:  # noqa: ARG002 - as the loop asks
+        return {} if self.adapter is None else self.adapter(timestep, len(latents))
 
 
 class TailSampler:

@@ -70,6 +70,11 @@ class EagerBackend:
             check_attention_runs_on(attention, self.device, dtype)
             self.name += f"-attention-{attention}"
         self.dtype = dtype
+        if table is not None and ("controlnet" in table.stages) != (checkpoint.controlnet is not None):
+            raise BackendError(
+                f"only one of the checkpoint {checkpoint.folder} and the bundle has a control network; open "
+                "the checkpoint with the controlnet that the bundle was exported with, or without one"
+            )
         unlimited = ExportRanges(max_videos=_UNLIMITED_VIDEOS)
         self.table = table or build_stage_table(checkpoint, unlimited, optional_adapters=True)
         self._factory = NetworkFactory(checkpoint, folded=folded, kernels=kernels, attention=attention)
