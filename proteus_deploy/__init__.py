@@ -22,6 +22,7 @@ from proteus_deploy.errors import (
 )
 
 if TYPE_CHECKING:
+    from proteus_deploy.control import Control
     from proteus_deploy.identity.features import IdentityFeatures
     from proteus_deploy.pipeline import Pipeline, StepEvent
     from proteus_deploy.request import GenerateRequest
@@ -35,6 +36,7 @@ __all__ = [
     "CheckFailed",
     "CheckpointError",
     "ComputationError",
+    "Control",
     "GenerateRequest",
     "IdentityFeatures",
     "InputError",
@@ -49,6 +51,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Control": "proteus_deploy.control",
     "GenerateRequest": "proteus_deploy.request",
     "IdentityFeatures": "proteus_deploy.identity.features",
     "Pipeline": "proteus_deploy.pipeline",

@@ -27,6 +27,7 @@ LAYERS = (
     ("runtime",),
     (
         "adapters",
+        "control",
         "policies",
         "request",
         "cached_stages",

@@ -34,9 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="compute the reference from this checkpoint now"
     )
-    add_controlnet_argument(
-        parser, "with --checkpoint: what the bundle was exported with"
-    )
+    add_controlnet_argument(parser, "with --checkpoint: what the bundle was exported with")
     parser.add_argument(
         "--budget",
         type=Path,
