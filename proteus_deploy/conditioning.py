@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from proteus_deploy.adapters.inputs import AdapterInputs, stack_adapters
+from proteus_deploy.adapters.refit import RefitAdapters
 from proteus_deploy.cached_stages import CachedStages
 from proteus_deploy.control import ControlInputs, control_pixels
 from proteus_deploy.errors import InputError
@@ -24,6 +25,7 @@ from proteus_deploy.model.config import TransformerConfig
 from proteus_deploy.model.identity_fusion import combine_text_and_identity
 from proteus_deploy.model.low_rank import MOST_RANK
 from proteus_deploy.request import GenerateRequest
+from proteus_deploy.runtime.backend import refits
 from proteus_deploy.stage_calls import Stage
 from proteus_deploy.stage_table import VAE_SPATIAL, latent_frames
 from proteus_deploy.tokens import Tokenizer
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from proteus_deploy.adapters.adapter import AdapterUse
     from proteus_deploy.identity.encoder import IdentityEncoder
     from proteus_deploy.request import Photo
     from proteus_deploy.runtime.backend import Backend
@@ -48,7 +51,7 @@ class Condition:
     gate: Tensor
     generators: list[torch.Generator]
     schedules: tuple[Tensor, ...]  # per video: face tokens of all timesteps, [T, Q, d_face]
-    adapter_inputs: AdapterInputs | None = None
+    adapter_inputs: AdapterInputs | RefitAdapters | None = None
     control: ControlInputs | None = None
 
     def face_tokens(self, index: int, rows: int) -> Tensor:
@@ -129,14 +132,19 @@ class Conditioner:
             gate=torch.tensor([requests[0].identity_scale], dtype=torch.float32),
             generators=generators,
             schedules=schedules,
-            adapter_inputs=stack_adapters(
-                [request.adapters for request in requests],
-                self._config.backbone,
-                self._backend.dtype,
-                self._backend.device,
-                most=self._backend.table.axes["R"].max if "R" in self._backend.table.axes else MOST_RANK,
-            ),
+            adapter_inputs=self._adapters([request.adapters for request in requests]),
             control=self._control(requests, prompts, len(timesteps)),
+        )
+
+    def _adapters(self, videos: Sequence[Sequence[AdapterUse]]) -> AdapterInputs | RefitAdapters | None:
+        if refits(self._backend):
+            return RefitAdapters.of(self._backend, videos)
+        return stack_adapters(
+            videos,
+            self._config.backbone,
+            self._backend.dtype,
+            self._backend.device,
+            most=self._backend.table.axes["R"].max if "R" in self._backend.table.axes else MOST_RANK,
         )
 
     def read_photo(self, photo: Photo, face_index: int | None) -> tuple[IdentityFeatures, Any]:

@@ -29,7 +29,7 @@ from proteus_deploy.policies.plan_run import PlanRun
 from proteus_deploy.policies.reuse import Prediction, keep
 from proteus_deploy.request import GenerateRequest, request_digest, resolve_request
 from proteus_deploy.runtime import open_bundle_backend
-from proteus_deploy.runtime.backend import Backend, Quantizer, resolve_dtype, short_dtype
+from proteus_deploy.runtime.backend import Backend, Quantizer, refits, resolve_dtype, short_dtype
 from proteus_deploy.schedulers import Stepper
 from proteus_deploy.size_ranges import check_ranges
 from proteus_deploy.stage_cache import StageCache
@@ -404,7 +404,9 @@ class Pipeline:
                     self.backend.release(graph.name)
 
     def _check_adapters(self, request: GenerateRequest) -> None:
-        check_adapters(request.adapters, self.backend.table, self.config.backbone)
+        check_adapters(
+            request.adapters, self.backend.table, self.config.backbone, merged=refits(self.backend)
+        )
         for use in request.adapters:
             if use.adapter.base is not None and self._base is not None:
                 use.adapter.check_base(self._base())

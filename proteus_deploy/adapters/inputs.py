@@ -106,13 +106,21 @@ def total_rank(uses: Sequence[AdapterUse]) -> int:
     return sum(use.adapter.rank for use in uses)
 
 
-def check_adapters(uses: Sequence[AdapterUse], table: StageTable, config: BackboneConfig) -> None:
-    """Raises AdapterError where the denoiser takes no adapters, or none so large, or they are another's."""
+def check_adapters(
+    uses: Sequence[AdapterUse], table: StageTable, config: BackboneConfig, *, merged: bool = False
+) -> None:
+    """Raises AdapterError where the denoiser takes no adapters, or none so large, or they are another's.
+
+    merged: they are going to be merged into its weights, for which any denoiser has room.
+    """
     if not uses:
         return
-    check_room(table, config)
+    if not merged:
+        check_room(table, config)
     for use in uses:
         use.adapter.check(config)
+    if merged:
+        return
     check_rank([(use.adapter.name, use.adapter.rank) for use in uses], table)
 
 

@@ -7,9 +7,8 @@ encoder, identity, VAE encoder) runs as it is, without gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -27,6 +26,7 @@ from proteus_deploy.model.networks import (
 )
 from proteus_deploy.model.transformer import Denoiser
 from proteus_deploy.network_factory import NetworkFactory
+from proteus_deploy.onnx_weights import OnnxWeights
 from proteus_deploy.runtime.eager import EagerGraph, resolve_device
 from proteus_deploy.stage_calls import Stage
 from proteus_deploy.stage_table import ExportRanges, build_stage_table
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from proteus_deploy.runtime.backend import Backend, Runner
     from proteus_deploy.stages import StageTable
 
-__all__ = ["DifferentiableBackend", "OnnxWeights"]
+__all__ = ["DifferentiableBackend"]
 
 _MOST_VIDEOS = 64
 
@@ -131,34 +131,6 @@ class DifferentiableBackend:
         self._graphs.clear()
         if self._others is not None:
             self._others.close()
-
-
-class OnnxWeights:
-    """Initialisers of one ONNX file as the source of a network's weights; each is read when it is asked for.
-
-    names: those that are weights; a graph holds constants of its own beside them.
-    """
-
-    def __init__(self, file: Path, names: Container[str]) -> None:
-        import onnx
-
-        self.source, self._folder = str(file), str(file.parent)
-        graph = onnx.load(str(file), load_external_data=False).graph
-        self._tensors = {tensor.name: tensor for tensor in graph.initializer if tensor.name in names}
-
-    def keys(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._tensors[key].dims)
-
-    def tensor(self, key: str) -> Tensor:
-        from onnx import numpy_helper
-
-        values = numpy_helper.to_array(self._tensors[key], base_dir=self._folder)
-        if values.dtype.name == "bfloat16":  # a type of its own, that torch doesn't take from NumPy
-            return torch.from_numpy(values.view("int16").copy()).view(torch.bfloat16)
-        return torch.from_numpy(values.copy())
 
 
 def _carries_gradients(graph: str) -> bool:

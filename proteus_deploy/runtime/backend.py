@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Hashable, Mapping
+from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 from proteus_deploy.errors import BackendError, InputError
 from proteus_deploy.stages import Graph, StageTable, TensorSpec, split_axis
@@ -37,6 +37,23 @@ class Backend(Protocol):
         """Give the memory of one graph back; the next `runner` loads it again."""
 
     def close(self) -> None: ...
+
+
+class RefitBackend(Protocol):
+    """A backend whose engines can be given other weights, in place of inputs for adapters."""
+
+    refits: bool
+
+    def refit(self, graph: str, key: Hashable, deltas: Callable[[], Mapping[str, Tensor]]) -> float:
+        """Make a graph's weights those of the export plus float32 deltas() by name; the wall seconds it took.
+
+        key: tells sets of deltas apart, () being none; with the one that is set nothing is done.
+        """
+
+
+def refits(backend: object) -> TypeGuard[RefitBackend]:
+    """Whether adapters reach the denoiser of this backend as other weights."""
+    return bool(getattr(backend, "refits", False))
 
 
 class Quantizer(Protocol):

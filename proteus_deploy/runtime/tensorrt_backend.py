@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,15 @@ import torch
 
 from proteus_deploy._files import atomic_file
 from proteus_deploy.errors import BackendError, InputError
+from proteus_deploy.onnx_weights import OnnxWeights
 from proteus_deploy.runtime.backend import bind_sizes, resolve_dtype
 from proteus_deploy.runtime.tensorrt_api import TensorRT, current_gpu
+from proteus_deploy.runtime.tensorrt_refit import EngineRefitter
 from proteus_deploy.stages import Graph
 
 if TYPE_CHECKING:
     from proteus_deploy.bundle import Bundle, EngineSet
+    from proteus_deploy.weights import WeightSource
 
 TORCH_DTYPES = {
     "fp32": torch.float32,
@@ -60,6 +64,10 @@ class TensorRTBackend:
         self._runtime_cache = runtime_cache
         self._weight_budget = weight_budget
         self._runners: dict[str, TensorRTGraph] = {}
+        self._bundle = bundle
+        takes_adapters = any(spec.name == "adapter_down" for spec in self.table.graph("denoiser").inputs)
+        # Adapters come as other weights where the graph has no inputs for them.
+        self.refits = bool(self.engines.document.get("options", {}).get("refit")) and not takes_adapters
 
     def runner(self, graph: str) -> TensorRTGraph:
         if graph not in self._runners:
@@ -72,6 +80,11 @@ class TensorRTBackend:
                 weight_budget=self._weight_budget,
             )
         return self._runners[graph]
+
+    def refit(self, graph: str, key: Hashable, deltas: Callable[[], Mapping[str, torch.Tensor]]) -> float:
+        """See `runtime.backend.RefitBackend`. Raises BackendError where the engine refuses."""
+        file = self._bundle.onnx_file(graph)
+        return self.runner(graph).refit(key, deltas, partial(OnnxWeights, file))
 
     def release(self, graph: str) -> None:
         if (runner := self._runners.pop(graph, None)) is not None:
@@ -124,8 +137,10 @@ class TensorRTGraph:
         *,
         device: torch.device | str = "cuda",
         runtime_cache: Path | None = None,
+        api: TensorRT | None = None,
     ) -> None:
-        """engine: an ICudaEngine on `device`; contract: what its record says, written at build time.
+        """engine: an ICudaEngine on `device`; contract: what its record says, written at build time. api: the
+        package it came from, needed for `refit` alone.
 
         Raises BackendError when the two differ, or the GPU's memory is too small.
         """
@@ -142,6 +157,8 @@ class TensorRTGraph:
                 f"{', '.join(sorted(self._dtypes))}; build it again"
             )
         self._engine = engine
+        self._api = api
+        self._refitter: EngineRefitter | None = None
         self._runtime_cache_file = runtime_cache
         self._runtime_cache: Any = None
         self._context = self._new_context(engine)
@@ -177,7 +194,7 @@ class TensorRTGraph:
             streams = bool(engines.document.get("options", {}).get("weight_streaming"))
             set_weight_budget(engine, graph.name, weight_budget, streams=streams)
             contract = engines.graphs[graph.name]["contract"]
-            return cls(graph, engine, contract, device=device, runtime_cache=runtime_cache)
+            return cls(graph, engine, contract, device=device, runtime_cache=runtime_cache, api=api)
 
     def __call__(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Outputs by name. Raises InputError when names, shapes, ranges, dtypes or devices don't fit."""
@@ -205,6 +222,21 @@ class TensorRTGraph:
                 raise BackendError(f"{self.graph.name}: the engine failed on {self.device}")
         return outputs
 
+    def refit(
+        self,
+        key: Hashable,
+        deltas: Callable[[], Mapping[str, torch.Tensor]],
+        weights: Callable[[Container[str]], WeightSource],
+    ) -> float:
+        """As `EngineRefitter.set`, between two calls. weights: source of the exported values of names."""
+        if self._api is None or self._engine is None:
+            raise BackendError(f"{self.graph.name}: the engine was closed, or opened without its package")
+        with self._lock, self._current_device():
+            if self._refitter is None:
+                self._refitter = EngineRefitter(self._api, self._engine, self.graph.name, weights)
+            self._synchronize()
+            return self._refitter.set(key, deltas)
+
     def close(self) -> None:
         """Free the engine; write the kernels compiled so far when a runtime cache was asked for."""
         if self._context is None:
@@ -212,7 +244,7 @@ class TensorRTGraph:
         if self._runtime_cache is not None and self._runtime_cache_file is not None:
             with atomic_file(self._runtime_cache_file) as temporary:
                 temporary.write_bytes(memoryview(self._runtime_cache.serialize()))
-        self._context = self._runtime_cache = self._engine = None
+        self._context = self._runtime_cache = self._refitter = self._engine = None
 
     def _new_context(self, engine: Any) -> Any:
         if self._runtime_cache_file is None:
@@ -247,6 +279,11 @@ class TensorRTGraph:
 
     def _current_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _synchronize(self) -> None:
+        """Wait for calls that were launched."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _stream(self) -> int:
         return torch.cuda.current_stream(self.device).cuda_stream

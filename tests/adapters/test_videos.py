@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -409,3 +409,54 @@ def test_a_bundle_of_half_precision_beside_gradients_in_float32(adapter_bundle: 
     image = torch.zeros([axis if isinstance(axis, int) else 16 for axis in sizes])
     assert backend.runner("vae_encoder")(image=image)["moments"].dtype == torch.float32
     assert asked == [torch.float16]
+
+
+class Refitted(EagerBackend):
+    """Takes adapters as a refitted engine does: other weights, one set of them."""
+
+    refits = True
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        # without inputs for adapters
+        super().__init__(checkpoint, table=build_stage_table(checkpoint, ExportRanges(max_videos=2)))
+        self.exported: dict[str, Tensor] = {}
+        self.keys: list[Any] = [()]
+
+    def refit(self, graph: str, key: Any, deltas: Callable[[], Mapping[str, Tensor]]) -> float:
+        if key == self.keys[-1]:
+            return 0.0
+        self.keys.append(key)
+        with torch.inference_mode(False), torch.no_grad():
+            parameters = dict(self.runner(graph).module.named_parameters())
+            for name, value in self.exported.items():
+                parameters[name].copy_(value)
+            for name, delta in deltas().items():
+                self.exported.setdefault(name, parameters[name].clone())
+                parameters[name].add_(delta.clone())
+        return 0.1
+
+
+def test_refitted_weights(parity: Path, parity_pipeline: Pipeline, requests: list[GenerateRequest]) -> None:
+    """Behind the same call: as with inputs, changed when a gate opens, and taken back for the next video."""
+    checkpoint = Checkpoint.open(parity / "checkpoint")
+    backend, parts = Refitted(checkpoint), (checkpoint.vae, checkpoint.scheduler, checkpoint.tokenizer)
+    with Pipeline(backend, checkpoint.transformer, *parts, checkpoint.face_encoder) as pipeline:
+        for request in (*requests, requests[0]):
+            expected = parity_pipeline.generate(request).frames
+            assert (pipeline.generate(request).frames - expected).abs().max() < 1e-4
+        anna, style, bert = requests[1].adapters[0], requests[2].adapters[1], requests[3].adapters[0]
+        hashes = [use.adapter.hash for use in (anna, style, bert)]
+        assert backend.keys == [
+            (),
+            ((hashes[0], 1.0),),  # in the last of four steps
+            ((hashes[1], -0.5),),
+            ((hashes[0], 0.7), (hashes[1], -0.5)),
+            (),
+            ((hashes[2], 2.0),),  # in the third alone
+            (),
+        ]
+        with pytest.raises(AdapterError, match=r"one set of weights; .*--max-lora-rank"):
+            pipeline.generate_batch(requests[:2])
+        alike = [requests[1], replace(requests[1], seed=9)]
+        for video, request in zip(pipeline.generate_batch(alike), alike, strict=True):
+            assert (video.frames - parity_pipeline.generate(request).frames).abs().max() < 1e-4
