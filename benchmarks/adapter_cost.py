@@ -31,7 +31,7 @@ from proteus_deploy.runtime.onnxruntime_session import PROVIDERS, open_session
 from proteus_deploy.stage_table import ExportRanges, build_stage_table
 from proteus_deploy.stages import StageTable, sample_inputs
 
-__all__ = ["HEADERS", "measure_adapters", "table"]
+__all__ = ["HEADERS", "made_up_adapter", "measure_adapters", "table"]
 
 HEADERS = ("adapters", "ms", "")
 _TIMESTEP = 100  # all gates are open
@@ -47,7 +47,7 @@ def measure_adapters(
     if not 1 <= rank <= MOST_RANK:
         raise AdapterError(f"the rank is {rank}; choose 1 to {MOST_RANK}")
     backbone = checkpoint.transformer.backbone
-    adapter = _made_up(backbone, rank)
+    adapter = made_up_adapter(backbone, rank)
     active = _inputs_of(adapter, backbone)
     report("denoiser without and with room for adapters", 0, 2)
     plain = _open(checkpoint, build_stage_table(checkpoint), folder / "plain.onnx")
@@ -100,9 +100,9 @@ def table(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return rows + [(f"another adapter, from {name}", f"{spread['median']:.1f}", "") for name, spread in swaps]
 
 
-def _made_up(config: BackboneConfig, rank: int) -> Adapter:
+def made_up_adapter(config: BackboneConfig, rank: int, seed: int = 0) -> Adapter:
     """Of every projection; what the numbers are costs no time."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def factor(*shape: int) -> Tensor:
         return 0.01 * torch.randn(shape, generator=generator)

@@ -39,7 +39,7 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
-class RefitBackend(Protocol):
+class RefitBackend(Backend, Protocol):
     """A backend whose engines can be given other weights, in place of inputs for adapters."""
 
     refits: bool
