@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from proteus_deploy.benchmarks.personal_adapters import summary
+from proteus_deploy.benchmarks.personal_table import main
 
 
 def row(person: int, method: str, arc: float, motion: float, ceiling: float = 0.9) -> dict[str, Any]:
@@ -28,3 +32,15 @@ def test_summary() -> None:
     assert found["motion_kept"]["mean"] == pytest.approx(2.85 / 3.0)
     assert found["prompt_kept"]["mean"] == 1
     assert found["seconds"]["mean"] == 100
+
+
+def test_the_page_shows_what_was_measured(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = repository / "benchmarks" / "results" / "personal_adapters.json"
+    text = (repository / "docs" / "personalize.md").read_text(encoding="utf-8")
+    shown = re.findall(r"<!-- personal_adapters -->\n(.*?)\n<!-- /personal_adapters -->", text, re.DOTALL)
+    assert main([str(file)]) == 0
+    assert shown == [capsys.readouterr().out.strip()]
+    document = json.loads(file.read_text(encoding="utf-8"))
+    assert document["table"] == summary(document["rows"])
+    assert len(document["people"]) == 10
+    assert not document["commit"].endswith(("-dirty", "unknown")), "measure a commit, not a working tree"
