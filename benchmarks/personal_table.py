@@ -46,10 +46,11 @@ def _conditions(document: Mapping[str, Any]) -> str:
     machine, settings, versions = document["machine"], document["settings"], document["versions"]
     videos = sum(len(row["videos"]["motion"]) for row in document["rows"] if row["method"] == "frozen")
     drawn = document["table"]["frozen"]["ceiling"]["mean"]
+    people = len(document["people"])
+    training = f"Rank {settings['rank']}, learning rate {settings['learning_rate']}, {settings['steps']} steps at most"
     return (
-        f"{len(document['people'])} people whom no network saw, one photo each, {videos} videos for each "
-        f"line; drawn clips: {drawn:.3f}. Rank {settings['rank']}, learning rate {settings['learning_rate']}, "
-        f"{settings['steps']} steps at most, float32; {machine['cpu']}, two people side by side, a core "
+        f"{people} people whom no network saw, one photo each, {videos} videos for each line; "
+        f"drawn clips: {drawn:.3f}. {training}, float32; {machine['cpu']}, two people side by side, a core "
         f"each; torch {versions['torch']}; commit {document['commit'][:12]}."
     )
 
