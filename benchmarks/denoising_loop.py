@@ -12,7 +12,7 @@ P identity-prompt tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -165,6 +165,10 @@ class _Exact:
 
     def face_tokens(self, index: int, rows: int) -> Tensor:  # noqa: ARG002 - one identity serves all rows
         return self._tokens[index : index + 1]
+
+    def side(self, index: int, timestep: int) -> Hashable:  # noqa: ARG002 - as the loop asks
+        """Nothing is asked for besides."""
+        return ()
 
     def side_inputs(self, index: int, timestep: int, latents: Tensor) -> Mapping[str, Tensor]:  # noqa: ARG002 - as the loop asks
         """None: a bundle with room for some idles."""

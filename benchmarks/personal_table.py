@@ -47,7 +47,8 @@ def _conditions(document: Mapping[str, Any]) -> str:
     videos = sum(len(row["videos"]["motion"]) for row in document["rows"] if row["method"] == "frozen")
     drawn = document["table"]["frozen"]["ceiling"]["mean"]
     people = len(document["people"])
-    training = f"Rank {settings['rank']}, learning rate {settings['learning_rate']}, {settings['steps']} steps at most"
+    rank, rate, steps = (settings[name] for name in ("rank", "learning_rate", "steps"))
+    training = f"Rank {rank}, learning rate {rate}, {steps} steps at most"
     return (
         f"{people} people whom no network saw, one photo each, {videos} videos for each line; "
         f"drawn clips: {drawn:.3f}. {training}, float32; {machine['cpu']}, two people side by side, a core "

@@ -7,7 +7,7 @@ each scheduler step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from proteus_deploy.adapters.inputs import AdapterInputs, stack_adapters
 from proteus_deploy.adapters.refit import RefitAdapters
 from proteus_deploy.cached_stages import CachedStages
-from proteus_deploy.control import ControlInputs, control_pixels
+from proteus_deploy.control import Control, ControlInputs, control_pixels
 from proteus_deploy.errors import InputError
 from proteus_deploy.identity.features import IdentityFeatures
 from proteus_deploy.model.config import TransformerConfig
@@ -60,6 +60,11 @@ class Condition:
         if len(self.schedules) == 1:
             return tokens
         return tokens.repeat(rows // len(self.schedules), 1, 1)
+
+    def side(self, index: int, timestep: int) -> Hashable:
+        """Strengths of the videos' adapters and control videos in step `index`."""
+        adapters = () if self.adapter_inputs is None else self.adapter_inputs.scales(timestep)
+        return adapters, () if self.control is None else self.control.scales(index)
 
     def side_inputs(self, index: int, timestep: int, latents: Tensor) -> dict[str, Tensor]:
         """The denoiser's inputs of the videos' adapters and control videos; empty where no video has one."""
@@ -109,6 +114,7 @@ class Conditioner:
         return self._identity_encoder
 
     def prepare(self, requests: Sequence[GenerateRequest], timesteps: Tensor, watch: Report) -> Condition:
+        pixels = [_control_pixels(request) for request in requests]  # first: what is wrong shows at once
         generators = [torch.Generator("cpu").manual_seed(request.seed or 0) for request in requests]
         identities, images = [], []
         for index, request in enumerate(requests):
@@ -133,7 +139,7 @@ class Conditioner:
             generators=generators,
             schedules=schedules,
             adapter_inputs=self._adapters([request.adapters for request in requests]),
-            control=self._control(requests, prompts, len(timesteps)),
+            control=self._control([request.control for request in requests], pixels, prompts, len(timesteps)),
         )
 
     def _adapters(self, videos: Sequence[Sequence[AdapterUse]]) -> AdapterInputs | RefitAdapters | None:
@@ -231,20 +237,19 @@ class Conditioner:
         return (text if fused is None else combine_text_and_identity(text, mask, fused)), text
 
     def _control(
-        self, requests: Sequence[GenerateRequest], prompts: Tensor, steps: int
+        self,
+        controls: Sequence[Control | None],
+        pixels: Sequence[Tensor | None],
+        prompts: Tensor,
+        steps: int,
     ) -> ControlInputs | None:
-        controls = [request.control for request in requests]
-        if not any(controls):
+        encoder = self._stages["control_encoder"] if any(controls) else None
+        encoded = [
+            None if each is None or encoder is None else encoder(video=each)["encoded"] for each in pixels
+        ]
+        like = next((each for each in encoded if each is not None), None)
+        if like is None:
             return None
-        encoded: list[Tensor | None] = []
-        for request, control in zip(requests, controls, strict=True):
-            if control is None:
-                encoded.append(None)
-                continue
-            size = (request.num_frames or 0, request.height or 0, request.width or 0)
-            pixels = control_pixels(control, *size)
-            encoded.append(self._stages["control_encoder"](video=pixels)["encoded"])
-        like = next(each for each in encoded if each is not None)
         stacked = torch.cat([torch.zeros_like(like) if each is None else each for each in encoded])
         return ControlInputs(self._stages["controlnet"], controls, stacked, prompts, steps)
 
@@ -261,6 +266,11 @@ class Conditioner:
             self._cached(name, {"timesteps": part, **wanted})["face_tokens"] for part in timesteps.split(most)
         ]
         return torch.cat(parts)
+
+
+def _control_pixels(request: GenerateRequest) -> Tensor | None:
+    size = (request.num_frames or 0, request.height or 0, request.width or 0)
+    return None if request.control is None else control_pixels(request.control, *size)
 
 
 def _as_pixels(image: Any) -> NDArray[np.uint8]:

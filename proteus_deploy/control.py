@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,22 +40,33 @@ class Control:
     start: float = 0.0
     end: float = 1.0
 
-    def check(self) -> None:
-        """Raises InputError naming the field, its value and the rule."""
-        for name in ("scale", "start", "end"):
-            value: Any = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise InputError(f"control.{name} is {shortened(value)}; it must be a finite number")
-        if not 0 <= self.start < self.end <= 1:
+    def checked(self) -> Control:
+        """With Python's numbers. Raises InputError naming the field, its value and the rule."""
+        scale, start, end = (_number(name, getattr(self, name)) for name in ("scale", "start", "end"))
+        if not 0 <= start < end <= 1:
             raise InputError(
                 f"control acts from {self.start} to {self.end}; start and end are shares of the steps, with "
                 "0 <= start < end <= 1"
             )
+        return replace(self, scale=scale, start=start, end=end)
 
     def to_json(self) -> dict[str, Any]:
         """What goes into a video's metadata."""
         file = str(self.video) if isinstance(self.video, str | Path) else None
         return {"video": file, "scale": self.scale, "start": self.start, "end": self.end}
+
+
+def _number(name: str, value: Any) -> float:
+    rule = f"control.{name} is {shortened(value)}; it must be a finite number"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InputError(rule)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise InputError(rule) from None
+    if not math.isfinite(number):
+        raise InputError(rule)
+    return number
 
 
 def control_pixels(control: Control, num_frames: int, height: int, width: int) -> Tensor:
@@ -63,13 +75,13 @@ def control_pixels(control: Control, num_frames: int, height: int, width: int) -
     That is how `model.control.ControlEncoder` takes it. Raises InputError for a video that can't be read, or
     is too short.
     """
-    frames = _frames(control.video)
+    frames = _frames(control.video, num_frames)
     if len(frames) < num_frames:
         raise InputError(
             f"the control video has {len(frames)} frames, and the video is to have {num_frames}; give a "
             "longer one, or ask for fewer frames"
         )
-    pixels = frames[:num_frames].permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels = frames.permute(0, 3, 1, 2).float() / 127.5 - 1
     factor = max(height / pixels.shape[2], width / pixels.shape[3])
     covering = [
         max(round(size * factor), least)
@@ -82,18 +94,24 @@ def control_pixels(control: Control, num_frames: int, height: int, width: int) -
     return torch.cat((pixels[:1].expand(3, -1, -1, -1), pixels))[None]
 
 
-def _frames(video: Any) -> Tensor:
-    """[F, H, W, 3] uint8."""
+def _frames(video: Any, most: int) -> Tensor:
+    """The first frames [F, H, W, 3] uint8, at most so many."""
     import numpy as np
 
     if isinstance(video, str | Path):
-        from proteus_deploy.video import read_video
+        from proteus_deploy.video import read_frames
 
-        return (read_video(video).frames[0].permute(0, 2, 3, 1) * 255).round().to(torch.uint8)
-    if not isinstance(video, np.ndarray) or video.dtype != np.uint8 or video.ndim != 4 or video.shape[3] != 3:
+        return read_frames(video, most)
+    if (
+        not isinstance(video, np.ndarray)
+        or video.dtype != np.uint8
+        or video.ndim != 4
+        or video.shape[3] != 3
+        or 0 in video.shape
+    ):
         found = f"{video.dtype} {list(video.shape)}" if isinstance(video, np.ndarray) else shortened(video)
         raise InputError(f"control.video is {found}; pass a video file, or frames [F, H, W, 3] uint8")
-    return torch.from_numpy(video)
+    return torch.from_numpy(video[:most].copy())  # any strides, and arrays that can't be written to
 
 
 class ControlInputs:
@@ -112,12 +130,16 @@ class ControlInputs:
         self._network, self._controls = network, controls
         self._encoded, self._text, self._steps = encoded, text, steps
 
+    def scales(self, index: int) -> tuple[float, ...]:
+        """Of each video's control in step `index`."""
+        return tuple(self._scale(control, index) for control in self._controls)
+
     def at(self, index: int, timestep: int, latents: Tensor) -> dict[str, Tensor]:
         """The denoiser's input in step `index`; empty where no control acts.
 
         latents [B or 2B, F, C, h, w]: its rows.
         """
-        scales = [self._scale(control, index) for control in self._controls]
+        scales = self.scales(index)
         if not any(scales):
             return {}
         rows = len(latents)
@@ -127,10 +149,14 @@ class ControlInputs:
             text=self._text[-rows:],
             timestep=torch.full((rows,), timestep, device=latents.device),
         )["control"]
-        if set(scales) != {1.0}:
-            factors = torch.tensor(scales, dtype=residuals.dtype, device=residuals.device)
-            residuals = residuals * factors.repeat(rows // len(scales)).reshape(-1, 1, 1, 1, 1, 1)
-        return {"control": residuals}
+        if len(set(scales)) == 1:
+            return {"control": residuals if scales[0] == 1 else residuals * scales[0]}
+        scaled = residuals.clone()
+        for row in range(rows):
+            scale = scales[row % len(scales)]
+            # Not a product with 0: what the network made of nothing may be infinite in 16 bits.
+            scaled[row] = residuals[row] * scale if scale else 0
+        return {"control": scaled}
 
     def _scale(self, control: Control | None, index: int) -> float:
         if control is None or not control.start <= index / self._steps < control.end:

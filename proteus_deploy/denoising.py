@@ -7,7 +7,7 @@ latent pixels.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -39,6 +39,9 @@ class StepCondition(Protocol):
 
     def face_tokens(self, index: int, rows: int) -> Tensor:
         """Of step `index`: [1 or rows, Q, d_face]."""
+
+    def side(self, index: int, timestep: int) -> Hashable:
+        """Stands for what `side_inputs` asks of the denoiser in step `index`."""
 
     def side_inputs(self, index: int, timestep: int, latents: Tensor) -> Mapping[str, Tensor]:
         """What adapters and a control video give the denoiser in step `index`; empty without them.
@@ -79,7 +82,7 @@ def denoising_steps(
     """
     for index, timestep in list(enumerate(stepper.timesteps.tolist()))[first:]:
         started = time.perf_counter()
-        step = policy.begin(index, latents, stepper.levels(index))
+        step = policy.begin(index, latents, stepper.levels(index), condition.side(index, timestep))
         if step.computed:
             rows = stepper.scale_input(torch.cat([latents, latents]) if step.both else latents, index)
             velocity = denoiser(

@@ -271,4 +271,5 @@ def _of(stages: Sequence[StageMemory], name: str) -> StageMemory:
 
 def _phase(stage: StageMemory) -> str:
     """--low-memory releases networks twice: before the loop and behind it (pipeline.py)."""
-    return {"denoiser": _DENOISE, "vae_decoder": _DECODE}.get(stage.stage, _BEFORE)
+    phases = {"denoiser": _DENOISE, "controlnet": _DENOISE, "vae_decoder": _DECODE}
+    return phases.get(stage.stage, _BEFORE)

@@ -133,7 +133,8 @@ class Pipeline:
         base: Callable[[], str] | None = None,
     ) -> None:
         """low_memory: networks are loaded for their part of a request and released after it, so that no more
-        than the denoiser is there of the stages while it runs; every request loads (and compiles) them again.
+        than the denoiser (and the network of a control video) is there of the stages while it runs; every
+        request loads (and compiles) them again.
         cache: None, or where results of text and identity stages are kept (stage_cache.py); weights() is then
         the hash of the weights, by which it tells networks apart.
         base: the hash of the checkpoint, by which adapters know theirs; None takes all that fit.

@@ -126,7 +126,7 @@ def resolve_request(request: GenerateRequest, config: TransformerConfig) -> Gene
     _check_size(filled, config)
     _check_plan(filled)
     filled = replace(filled, adapters=_checked_adapters(filled.adapters))
-    _check_control(filled)
+    filled = replace(filled, control=_checked_control(filled.control))
     _warn_of_extra_frames(filled, config)
     return filled
 
@@ -337,13 +337,12 @@ def _checked_adapters(adapters: Any) -> tuple[AdapterUse, ...]:
     return tuple(adapters)
 
 
-def _check_control(request: GenerateRequest) -> None:
-    control: Any = request.control
+def _checked_control(control: Any) -> Control | None:
     if control is None:
-        return
+        return None
     if not isinstance(control, Control):
         raise InputError(f"control is {shortened(control)}; pass Control(video, scale), or None")
-    control.check()
+    return control.checked()
 
 
 def _warn_of_extra_frames(request: GenerateRequest, config: TransformerConfig) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,7 +24,7 @@ from proteus_deploy.errors import BackendError, InputError
 if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
-__all__ = ["Video", "read_video"]
+__all__ = ["Video", "read_frames", "read_video"]
 
 _CODEC = "libx264"
 _SUFFIX = ".mp4"
@@ -160,9 +162,33 @@ def read_video(path: str | Path) -> Video:
     Raises InputError for a file that is missing, larger than 1 GiB, not a video, damaged, or that would
     take more than 4 GiB as float32 frames.
     """
+    path = Path(path)
+    with _opened(path) as (container, stream):
+        frames = torch.stack(
+            [pixels.permute(2, 0, 1).float() / 255 for pixels in _decode(container, stream, path)]
+        )
+        if len(frames) < stream.frames:  # 0 where the container doesn't say
+            raise InputError(f"{path} announces {stream.frames} frames and holds {len(frames)}: cut short")
+        rate, comment = stream.average_rate or Fraction(1), container.metadata.get("comment", "")
+    fps = int(rate) if rate.denominator == 1 else float(rate)
+    return Video(frames[None], fps, _metadata_from(comment))
+
+
+def read_frames(path: str | Path, most: int) -> Tensor:
+    """The first frames of a file, at most `most` of them: uint8 [F, H, W, 3]; what follows isn't decoded.
+
+    Raises InputError as `read_video` does, for what is decoded.
+    """
+    path = Path(path)
+    with _opened(path) as (container, stream):
+        return torch.stack(list(islice(_decode(container, stream, path), most)))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """The container and its first video stream."""
     import av
 
-    path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} is not a file; give the path of a video")
     size = path.stat().st_size
@@ -172,41 +198,32 @@ def read_video(path: str | Path) -> Video:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise InputError(f"{path} holds no video stream")
-            stream = container.streams.video[0]
-            rate = stream.average_rate or Fraction(1)
-            frames = _decode(container.decode(stream), path)
-            if frames.shape[1] < stream.frames:  # 0 where the container doesn't say
-                raise InputError(
-                    f"{path} announces {stream.frames} frames and holds {frames.shape[1]}: cut short"
-                )
-            comment = container.metadata.get("comment", "")
+            yield container, container.streams.video[0]
     except av.FFmpegError as error:
         raise InputError(f"{path} can't be read as a video: {error}; it may be cut short") from error
-    fps = int(rate) if rate.denominator == 1 else float(rate)
-    return Video(frames, fps, _metadata_from(comment))
 
 
-def _decode(pictures: Iterator[Any], path: Path) -> Tensor:
+def _decode(container: Any, stream: Any, path: Path) -> Iterator[Tensor]:
+    """Frames [H, W, 3] uint8. Raises InputError where there are none, too many, or of several sizes."""
     from av.video.reformatter import Interpolation
 
     # The default conversion is a whole level too dark on average; this one isn't.
     exact = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
     exact |= Interpolation.ACCURATE_RND | Interpolation.BITEXACT
-    frames: list[Tensor] = []
-    for picture in pictures:
-        decoded_bytes = (len(frames) + 1) * 3 * 4 * picture.width * picture.height
-        if decoded_bytes > _MAX_DECODED_BYTES:
+    shape: Any = None
+    for count, picture in enumerate(container.decode(stream), start=1):
+        if count * 3 * 4 * picture.width * picture.height > _MAX_DECODED_BYTES:
             raise InputError(
                 f"{path} needs more than {_MAX_DECODED_BYTES} bytes as frames of "
                 f"{picture.width}x{picture.height}; cut or shrink it"
             )
         pixels = torch.from_numpy(picture.to_ndarray(format="rgb24", interpolation=exact))
-        frames.append(pixels.permute(2, 0, 1).float() / 255)
-    if not frames:
+        if shape not in (None, pixels.shape):
+            raise InputError(f"{path} changes its frame size midway; only one size is read")
+        shape = pixels.shape
+        yield pixels
+    if shape is None:
         raise InputError(f"{path} holds no frames; it may be cut short")
-    if any(frame.shape != frames[0].shape for frame in frames):
-        raise InputError(f"{path} changes its frame size midway; only one size is read")
-    return torch.stack(frames)[None]
 
 
 def _metadata_from(comment: str) -> dict[str, Any]:

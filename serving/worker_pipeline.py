@@ -45,7 +45,8 @@ def warm_up(pipeline: Pipeline) -> None:
     from proteus_deploy.export.reference import reference_request
 
     request, noise = reference_request(pipeline.backend.table, pipeline)
-    pipeline.generate(replace(request, num_inference_steps=1), initial_latents=noise)
+    # Without a control video: no job has one, so its networks needn't be there.
+    pipeline.generate(replace(request, num_inference_steps=1, control=None), initial_latents=noise)
 
 
 def request_fields(document: Any) -> dict[str, Any]:

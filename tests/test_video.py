@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from proteus_deploy.errors import BackendError, InputError
-from proteus_deploy.video import Video, read_video
+from proteus_deploy.video import Video, read_frames, read_video
 
 METADATA: dict[str, Any] = {"seed": 0, "request": {"prompt": 'a "café" in 日本, \udc80', "steps": 4}}
 
@@ -206,6 +206,21 @@ def test_foreign_and_missing_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_text("hello", encoding="utf-8")
     with pytest.raises(InputError, match="can't be read as a video"):
         read_video(tmp_path / "text.mp4")
+
+
+def test_the_first_frames_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows isn't decoded, so a long file costs no more than what is read of it."""
+    frames = torch.rand(1, 6, 3, 32, 48)
+    Video(frames, 8).save(tmp_path / "long.mp4")
+    whole = (read_video(tmp_path / "long.mp4").frames[0].permute(0, 2, 3, 1) * 255).round().to(torch.uint8)
+    monkeypatch.setattr("proteus_deploy.video._MAX_DECODED_BYTES", 3 * 3 * 4 * 32 * 48)
+    found = read_frames(tmp_path / "long.mp4", 3)
+    assert found.dtype == torch.uint8
+    assert torch.equal(found, whole[:3])
+    with pytest.raises(InputError, match="cut or shrink it"):
+        read_frames(tmp_path / "long.mp4", 4)
+    monkeypatch.undo()
+    assert len(read_frames(tmp_path / "long.mp4", 99)) == 6
 
 
 def test_too_large_is_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

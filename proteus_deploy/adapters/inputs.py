@@ -54,6 +54,10 @@ class AdapterInputs:
         values = (down, up, scale.to(down.device).repeat(repeats, 1))
         return dict(zip(ADAPTER_INPUTS, values, strict=True))
 
+    def scales(self, timestep: int) -> tuple[tuple[float, ...], ...]:
+        """Of each video's adapters, in a step."""
+        return tuple(tuple(use.scale_at(timestep) for use in uses) for uses in self.uses)
+
     def _scales(self, uses: Sequence[AdapterUse], timestep: int) -> list[float]:
         """One factor for each column of the rank: the scale where the adapter acts, else 0."""
         scales: list[float] = []

@@ -39,6 +39,10 @@ class RefitAdapters:
             )
         return cls(backend, tuple(videos[0]))
 
+    def scales(self, timestep: int) -> tuple[float, ...]:
+        """Of each adapter, in a step."""
+        return tuple(use.scale_at(timestep) for use in self.uses)
+
     def at(self, timestep: int, rows: int) -> dict[str, Tensor]:  # noqa: ARG002 - as `AdapterInputs.at`
         """Give the engine the weights of a step; no inputs."""
         active = [(use, scale) for use in self.uses if (scale := use.scale_at(timestep))]

@@ -50,6 +50,4 @@ def control_of(arguments: argparse.Namespace) -> Control | None:
         return None
     if not video.is_file():
         raise InputError(f"{video} is not a file; --control-video takes a video")
-    control = Control(video, **{name.removeprefix("control_"): value for name, value in given.items()})
-    control.check()
-    return control
+    return Control(video, **{name.removeprefix("control_"): value for name, value in given.items()}).checked()

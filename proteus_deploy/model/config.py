@@ -250,13 +250,7 @@ def _read_backbone(get: ConfigReader) -> BackboneConfig:
         flip_sin_to_cos=get("flip_sin_to_cos", bool),
         freq_shift=get("freq_shift", float, 0.0),
     )
-    for key, expected in (
-        ("activation_fn", "gelu-approximate"),
-        ("timestep_activation_fn", "silu"),
-        ("norm_elementwise_affine", True),
-    ):
-        if (found := get.document.get(key, expected)) != expected:
-            raise CheckpointError(f"{get.source}: {key!r} is {found!r}; only {expected!r} was ever published")
+    check_published_choices(get)
     if config.attention_head_dim % 8:
         raise CheckpointError(
             f"{get.source}: attention_head_dim is {config.attention_head_dim}; the 3D rotary embedding "
@@ -268,6 +262,17 @@ def _read_backbone(get: ConfigReader) -> BackboneConfig:
             "image-to-video transformer reads noisy and condition latents side by side, so in = 2 x out"
         )
     return config
+
+
+def check_published_choices(get: ConfigReader) -> None:
+    """Raises CheckpointError where a transformer was built otherwise than every published one."""
+    for key, expected in (
+        ("activation_fn", "gelu-approximate"),
+        ("timestep_activation_fn", "silu"),
+        ("norm_elementwise_affine", True),
+    ):
+        if (found := get.document.get(key, expected)) != expected:
+            raise CheckpointError(f"{get.source}: {key!r} is {found!r}; only {expected!r} was ever published")
 
 
 def _read_fusion(get: ConfigReader) -> FusionConfig:

@@ -7,12 +7,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from proteus_deploy.errors import CheckpointError
-from proteus_deploy.model.config import BackboneConfig, ConfigReader, TransformerConfig
+from proteus_deploy.model.config import (
+    BackboneConfig,
+    ConfigReader,
+    TransformerConfig,
+    check_published_choices,
+)
 
 __all__ = ["FRAMES_PER_LATENT", "ControlConfig", "read_control_config"]
 
 _CLASS_NAME = "CogVideoXControlnet"
 FRAMES_PER_LATENT = 4  # two means over pairs
+_CHANNELS = 3  # a control video is RGB
 _PUBLISHED_TEXT_DIM = 4096  # of T5-XXL; the published configs don't say it
 
 
@@ -50,6 +56,7 @@ def read_control_config(
             f"{source}: _class_name is {document.get('_class_name')!r}; this project loads {_CLASS_NAME}"
         )
     get, whole = ConfigReader(document, source), denoiser.backbone
+    check_published_choices(get)
     channels, downscale = get("in_channels", int), get("downscale_coef", int)
     latents, projected = get("vae_channels", int), get("out_proj_dim", int, None)
     backbone = replace(
@@ -65,6 +72,7 @@ def read_control_config(
         max_text_seq_length=get("max_text_seq_length", int),
         rotary=get("use_rotary_positional_embeddings", bool),
         learned_positions=get("use_learned_positional_embeddings", bool, False),
+        temporal_compression_ratio=get("temporal_compression_ratio", int),
         attention_bias=get("attention_bias", bool),
         norm_eps=get("norm_eps", float),
         flip_sin_to_cos=get("flip_sin_to_cos", bool),
@@ -79,20 +87,23 @@ def read_control_config(
 
 def _check_fits(config: ControlConfig, denoiser: BackboneConfig, source: str) -> None:
     own = config.backbone
-    if denoiser.patch_size_t is not None or not denoiser.rotary:
+    ratio = denoiser.temporal_compression_ratio
+    if denoiser.patch_size_t is not None or not denoiser.rotary or ratio != FRAMES_PER_LATENT:
         raise CheckpointError(
             f"{source}: control networks are for CogVideoX 1.0 with rotary positions, and this checkpoint's "
             "denoiser is another; none was published for it"
         )
     pairs = (
         ("use_rotary_positional_embeddings", own.rotary, True),
+        ("use_learned_positional_embeddings", own.learned_positions, False),
+        ("in_channels", config.channels, _CHANNELS),
         ("attention_head_dim", own.attention_head_dim, denoiser.attention_head_dim),
         ("patch_size", own.patch_size, denoiser.patch_size),
         ("vae_channels", config.latent_channels, denoiser.latent_channels),
         ("text_embed_dim", own.text_embed_dim, denoiser.text_embed_dim),
         ("width (num_attention_heads * attention_head_dim, or out_proj_dim)", config.out_dim, denoiser.width),
         ("downscale_coef", config.downscale, 8),
-        ("temporal_compression_ratio", denoiser.temporal_compression_ratio, FRAMES_PER_LATENT),
+        ("temporal_compression_ratio", own.temporal_compression_ratio, denoiser.temporal_compression_ratio),
     )
     for name, found, wanted in pairs:
         if found != wanted:

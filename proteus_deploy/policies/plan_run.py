@@ -5,7 +5,7 @@ B videos; a computed step has B rows, or 2B with the negative prompts first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,8 @@ class Step:
     """What is done in step `index`, which begins with `latents` [B, F, C, h, w].
 
     computed: the denoiser runs; both: with the negative prompts as well as the prompts.
-    guided: guidance acts on what comes out; gate: factor of the identity scale.
+    guided: guidance acts on what comes out; gate: factor of the identity scale. side: which adapters and
+    control videos act, and how strongly.
     """
 
     index: int
@@ -32,6 +33,7 @@ class Step:
     both: bool
     guided: bool
     gate: float
+    side: Hashable = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +42,7 @@ class _Kept:
 
     positive: Tensor
     negative: Tensor | None
-    gate: float
+    asked: tuple[float, Hashable]  # the gate and the side of its step
     angle: float
 
 
@@ -58,18 +60,22 @@ class PlanRun:
         self._kept: _Kept | None = None
         self._before: _Kept | None = None  # the one computed before it, where a trend is followed
         self._current: Prediction | None = None
-        self._difference: tuple[int, Tensor] | None = None  # step, positive - negative
+        self._difference: tuple[Step, Tensor] | None = None  # positive - negative
         self._record: dict[str, list[int]] = {"computed": [], "skipped": [], "both_prompts": []}
 
-    def begin(self, index: int, latents: Tensor, levels: Levels) -> Step:
-        """Decide what is done in a step; steps come in order, each once."""
+    def begin(self, index: int, latents: Tensor, levels: Levels, side: Hashable = ()) -> Step:
+        """Decide what is done in a step; steps come in order, each once.
+
+        side: stands for what else is asked of the denoiser in it. What was kept of a step with another one
+        answers another question and isn't used.
+        """
         interval, gates = self._plan.guidance_interval, self._plan.identity_gate
         timestep = self._timesteps[index]
         guided = self._guided and (interval is None or interval.contains(timestep))
         gate = 1.0 if gates is None else gates.factor(timestep)
-        computed = not self._may_skip(index, latents, guided=guided, gate=gate)
-        both = computed and guided and not self._may_reuse_difference(index)
-        step = Step(index, latents, levels, computed, both, guided, gate)
+        computed = not self._may_skip(index, latents, guided=guided, asked=(gate, side))
+        both = computed and guided and not self._may_reuse_difference(index, side)
+        step = Step(index, latents, levels, computed, both, guided, gate, side)
         self._record["computed" if computed else "skipped"].append(index)
         if both:
             self._record["both_prompts"].append(index)
@@ -84,7 +90,7 @@ class PlanRun:
         if step.both:
             negative, positive = velocity.chunk(2)
             if self._plan.guidance_reuse is not None:
-                self._difference = step.index, positive - negative
+                self._difference = step, positive - negative
         else:
             positive = velocity
             if step.guided:
@@ -103,7 +109,7 @@ class PlanRun:
         assert kept[0] is not None
         if cache.trend > 0:
             self._before = self._kept
-        self._kept = _Kept(kept[0], kept[1], step.gate, step.levels.angle)
+        self._kept = _Kept(kept[0], kept[1], (step.gate, step.side), step.levels.angle)
 
     def prediction(self) -> Prediction:
         """Of the current step, computed or reused."""
@@ -121,7 +127,7 @@ class PlanRun:
         """Numbers of the steps so far, JSON-able: computed, skipped, and computed with both prompts."""
         return {name: list(steps) for name, steps in self._record.items()}
 
-    def _may_skip(self, index: int, latents: Tensor, *, guided: bool, gate: float) -> bool:
+    def _may_skip(self, index: int, latents: Tensor, *, guided: bool, asked: tuple[float, Hashable]) -> bool:
         cache, kept = self._plan.step_cache, self._kept
         if cache is None or self._estimator is None:
             return False
@@ -129,17 +135,18 @@ class PlanRun:
         self._age += self._estimator.ageing(index, latents)
         if kept is None or cache.computes(index, len(self._timesteps), self._skips):
             return False
-        if kept.gate != gate or (guided and kept.negative is None):
+        if kept.asked != asked or (guided and kept.negative is None):
             return False  # what was kept answers another question
         return self._age < cache.limit
 
-    def _may_reuse_difference(self, index: int) -> bool:
+    def _may_reuse_difference(self, index: int, side: Hashable) -> bool:
         reuse = self._plan.guidance_reuse
         if reuse is None or self._difference is None:
             return False
         if index < reuse.warmup or index >= len(self._timesteps) - reuse.last:
             return False
-        return index - self._difference[0] < reuse.every
+        earlier = self._difference[0]
+        return earlier.side == side and index - earlier.index < reuse.every
 
     def _reused(self, step: Step) -> Prediction:
         cache, kept = self._plan.step_cache, self._kept
@@ -148,7 +155,7 @@ class PlanRun:
         before = self._before or kept
 
         def restored(last: Tensor, earlier: Tensor | None) -> Tensor:
-            if cache.trend > 0 and earlier is not None and before is not kept and before.gate == kept.gate:
+            if cache.trend > 0 and earlier is not None and before is not kept and before.asked == kept.asked:
                 angles = before.angle, kept.angle, step.levels.angle
                 last = follow_trend(last, earlier, angles, cache.trend)
             return restore(cache.reuse, last, step.latents, step.levels)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,8 +19,11 @@ from proteus_deploy import GenerateRequest, Pipeline
 from proteus_deploy.adapters import AdapterUse, TimestepGate, read_adapter, save_adapter
 from proteus_deploy.bundle import Bundle
 from proteus_deploy.checkpoint import Checkpoint
+from proteus_deploy.conditioning import Conditioner
 from proteus_deploy.control import Control, control_pixels
 from proteus_deploy.errors import BackendError, BundleError, InputError
+from proteus_deploy.policies.plan import Plan
+from proteus_deploy.policies.step_schedule import StepSchedule
 from proteus_deploy.runtime.eager import EagerBackend
 from proteus_deploy.video import Video
 
@@ -178,11 +183,45 @@ def test_frames_of_another_size_and_length(tmp_path: Path) -> None:
         (Control(poses()[..., 0]), r"control.video is uint8 \[5, 32, 48\]; pass a video file"),
         (Control(poses().astype(np.float32)), "control.video is float32"),
         (Control("absent.mp4"), "absent.mp4"),
+        (Control(poses()[:, :0]), r"control.video is uint8 \[5, 0, 48, 3\]"),
+        (Control(poses(), 10**400), "control.scale is 1000"),
     ],
 )
-def test_wrong_ones(eager: Pipeline, small_request: Make, control: Any, message: str) -> None:
+def test_wrong_ones(
+    eager: Pipeline, small_request: Make, monkeypatch: pytest.MonkeyPatch, control: Any, message: str
+) -> None:
+    """Refused before any network runs."""
+    monkeypatch.setattr(Conditioner, "_identity", lambda *_: pytest.fail("work was done first"))
     with pytest.raises(InputError, match=message):
         eager.generate(small_request(control=control))
+
+
+def test_what_numpy_has(eager: Pipeline, small_request: Make) -> None:
+    """Numbers of its types, and arrays that are views or can't be written to."""
+    video = poses()
+    video.setflags(write=False)
+    plain = eager.generate(small_request(control=Control(video, 0.5))).frames
+    turned = Control(video[::-1, :, :, ::-1][::-1, :, :, ::-1], np.float32(0.5), start=np.int64(0))  # type: ignore[arg-type]
+    made = eager.generate(small_request(control=turned))
+    assert torch.equal(made.frames, plain)
+    assert json.dumps(made.metadata["request"]["control"])
+    other = eager.generate(small_request(control=Control(video[..., ::-1], 0.5))).frames
+    assert not torch.equal(other, plain)
+
+
+def test_a_step_cache_keeps_to_its_side(eager: Pipeline, make_adapter: Make, small_request: Make) -> None:
+    """Where a control video or an adapter begins or ends to act, nothing of before is used."""
+    plan = Plan(step_cache=StepSchedule(total=8, steps=(0,)))
+    request = small_request(num_inference_steps=8, plan=plan)
+
+    def computed(**fields: Any) -> list[int]:
+        return eager.generate(replace(request, **fields)).metadata["steps"]["computed"]  # type: ignore[no-any-return]
+
+    assert computed() == [0]
+    assert computed(control=Control(poses())) == [0]
+    assert computed(control=Control(poses(), start=1 / 8, end=3 / 8)) == [0, 1, 3]
+    gate = TimestepGate(0, 999 - 3 * 125 + 1)  # from the fourth step on
+    assert computed(adapters=(AdapterUse(make_adapter(1), gate=gate),)) == [0, 3]
 
 
 def test_no_control_network(
@@ -201,7 +240,7 @@ def test_no_control_network(
 def test_where_it_can_not_go(
     parity: Path, control_bundle: Path, parity_bundle: Path, controlnet: Path
 ) -> None:
-    """Said before any work: packages, training, reuse by another export, and a shared sequence (below)."""
+    """Said before any work: packages, training, and reuse by another export."""
     from proteus_deploy.export.aot_package import build_packages
     from proteus_deploy.export.reused_graphs import check_reusable
     from proteus_deploy.personalize.networks import DifferentiableBackend
@@ -247,7 +286,83 @@ def test_openvino(control_bundle: Path, eager: Pipeline, composed: GenerateReque
 def test_low_memory(parity: Path, controlnet: Path, eager: Pipeline, composed: GenerateRequest) -> None:
     folder = parity / "checkpoint"
     with Pipeline.from_checkpoint(folder, controlnet=controlnet, low_memory=True) as pipeline:
-        assert torch.equal(pipeline.generate(composed).frames, eager.generate(composed).frames)
+        held: list[set[str]] = []
+        frames = pipeline.generate(
+            composed,
+            on_step=lambda _: held.append(set(pipeline.backend._runners)),  # type: ignore[attr-defined]
+        ).frames
+        assert held == [{"denoiser", "controlnet"}] * 4
+        assert not pipeline.backend._runners  # type: ignore[attr-defined]
+        assert torch.equal(frames, eager.generate(composed).frames)
+
+
+def test_compiled(make_checkpoint: Make, tmp_path: Path) -> None:
+    """A denoiser of one block, which compiles fast; with residuals and without."""
+    from proteus_deploy.stage_calls import DenoiserStage
+    from proteus_deploy.tiny.controlnet import write_tiny_controlnet
+
+    folder = make_checkpoint(num_layers=1)
+    network = write_tiny_controlnet(tmp_path / "controlnet", folder, layers=1)
+    checkpoint = Checkpoint.open(folder, controlnet=network)
+    config = checkpoint.transformer
+    plain, compiled = EagerBackend(checkpoint), EagerBackend(checkpoint, compiled=True, folded=True)
+    inputs = {
+        "latents": torch.randn(2, 2, 32, 4, 6),
+        "text": torch.randn(2, 40, 64),
+        "timestep": torch.tensor([100, 100]),
+        "face_tokens": torch.randn(2, config.face_tokens, config.identity_attention.face_dim),
+    }
+    control = torch.randn(2, 1, 2, 2, 3, 96)
+    found = [
+        DenoiserStage(backend, config)(**inputs, control=control)["velocity"] for backend in (plain, compiled)
+    ]
+    assert (found[0] - found[1]).abs().max() < 1e-4
+    without = [DenoiserStage(backend, config)(**inputs)["velocity"] for backend in (plain, compiled)]
+    assert (without[0] - without[1]).abs().max() < 1e-4
+    assert (without[0] - found[0]).abs().max() > 0.01
+
+
+def test_a_graph_without_room_for_adapters(parity: Path, controlnet: Path, tmp_path: Path) -> None:
+    """The residuals are the denoiser's last input then."""
+    pytest.importorskip("onnxruntime")
+    from proteus_deploy.export.onnx_graph import export_graph
+    from proteus_deploy.network_factory import NetworkFactory
+    from proteus_deploy.runtime.onnxruntime_backend import OnnxRuntimeGraph
+    from proteus_deploy.runtime.onnxruntime_session import PROVIDERS, open_session
+    from proteus_deploy.stage_table import build_stage_table
+    from proteus_deploy.stages import sample_inputs
+
+    checkpoint = Checkpoint.open(parity / "checkpoint", controlnet=controlnet)
+    table = build_stage_table(checkpoint)
+    graph = table.graph("denoiser")
+    assert graph.inputs[-1].name == "control"
+    file = tmp_path / "denoiser.onnx"
+    export_graph(graph, table, NetworkFactory(checkpoint, folded=True)("denoiser"), file, dtype=torch.float32)
+    inputs = sample_inputs(graph, table.sizes("opt"))
+    found = OnnxRuntimeGraph(graph, open_session(file, PROVIDERS["cpu"], None))(**inputs)["velocity"]
+    expected = EagerBackend(checkpoint, table=table).runner("denoiser")(**inputs)["velocity"]
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_shared_sequence_takes_none(eager: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    from proteus_deploy import sequence_parallel
+
+    monkeypatch.setattr(sequence_parallel, "check_process_group", lambda *_: None)
+    with pytest.raises(BackendError, match="can't share its sequence; open it without controlnet"):
+        sequence_parallel.use_sequence_parallel(eager)
+
+
+def test_the_memory_plan_and_the_servers_first_video(control_bundle: Path) -> None:
+    """With --low-memory its network is beside the denoiser; a server, which takes none, doesn't load it."""
+    from proteus_deploy.memory_plan import _DENOISE, StageMemory, _phase
+    from proteus_deploy.serving.worker_pipeline import warm_up
+
+    assert _phase(StageMemory("controlnet", (), {}, 0, 0, "", 0, 0)) == _DENOISE
+    with Pipeline.from_bundle(control_bundle) as pipeline:
+        warm_up(pipeline)
+        opened = set(pipeline.backend._runners)  # type: ignore[attr-defined]
+        assert "denoiser" in opened
+        assert not opened & {"controlnet", "control_encoder"}
 
 
 def test_an_engine(control_bundle: Path, tmp_path: Path) -> None:
@@ -298,6 +413,4 @@ def test_the_command(
     ):
         capsys.readouterr()
         assert main(wrong) == 2
-        import re
-
         assert re.search(message, capsys.readouterr().err), message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from proteus_deploy.checkpoint import Checkpoint
 from proteus_deploy.errors import CheckpointError
+from proteus_deploy.model.control_config import read_control_config
 from proteus_deploy.model.transformer import rotary_tables
 from proteus_deploy.network_factory import NetworkFactory
 from proteus_deploy.tiny.controlnet import write_tiny_controlnet
@@ -129,6 +131,11 @@ def test_as_published(parity: Path, tmp_path: Path, heads: int | None) -> None:
         ({"vae_channels": 4}, "vae_channels is 4; this checkpoint's denoiser needs 16"),
         ({"downscale_coef": 4}, "downscale_coef is 4"),
         ({"num_layers": "two"}, "'num_layers' is 'two'; expected int"),
+        ({"in_channels": 1}, "in_channels is 1; this checkpoint's denoiser needs 3"),
+        ({"use_learned_positional_embeddings": True}, "use_learned_positional_embeddings is True"),
+        ({"temporal_compression_ratio": 8}, "temporal_compression_ratio is 8"),
+        ({"activation_fn": "gelu"}, "'activation_fn' is 'gelu'; only 'gelu-approximate'"),
+        ({"norm_elementwise_affine": False}, "'norm_elementwise_affine' is False"),
     ],
 )
 def test_configs_that_do_not_fit(parity: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -159,3 +166,16 @@ def test_denoisers_that_take_none(make_checkpoint: Any, tmp_path: Path) -> None:
     for name, change in (("1.5", {"patch_size_t": 2}), ("2b", {"use_rotary_positional_embeddings": False})):
         with pytest.raises(CheckpointError, match=r"CogVideoX 1\.0 with rotary positions"):
             write_tiny_controlnet(tmp_path / f"control-{name}", make_checkpoint(name, **change))
+
+
+def test_the_published_form_of_a_config(parity: Path, tmp_path: Path) -> None:
+    """It says nothing of the text's width, which is T5-XXL's, and older ones nothing of a projection."""
+    folder = write_tiny_controlnet(tmp_path / "control", parity / "checkpoint")
+    document = json.loads((folder / "config.json").read_text())
+    del document["text_embed_dim"], document["out_proj_dim"]
+    own = Checkpoint.open(parity / "checkpoint").transformer
+    with pytest.raises(CheckpointError, match="text_embed_dim is 4096; this checkpoint's denoiser needs 64"):
+        read_control_config(document, own)
+    large = replace(own, backbone=replace(own.backbone, text_embed_dim=4096))
+    config = read_control_config(document, large)
+    assert (config.backbone.text_embed_dim, config.projected, config.out_dim) == (4096, False, 96)
