@@ -82,6 +82,8 @@ def export_bundle(
     if scope not in ("video", "stages", "none"):
         raise InputError(f"reference {scope!r} is unknown; choose from auto, video, stages, none")
     _check_destination(destination, checkpoint.folder, overwrite=overwrite)
+    if checkpoint.controlnet is not None:
+        _check_destination(destination, checkpoint.controlnet.folder, overwrite=overwrite)
     table = build_stage_table(checkpoint, ranges)
     if checkpoint.random_weights_seed is None:
         _try_tokenizer(checkpoint)
@@ -133,7 +135,7 @@ def _check_destination(destination: Path, checkpoint: Path, *, overwrite: bool) 
     place, source = destination.resolve(), checkpoint.resolve()
     if place == source or place in source.parents or source in place.parents:
         raise InputError(
-            f"{destination} and the checkpoint {checkpoint} are in one another; choose another folder"
+            f"{destination} and the source {checkpoint} are in one another; choose another folder"
         )
     if place == Path.cwd() or place.is_mount():
         raise InputError(

@@ -198,7 +198,9 @@ def load_video(folder: Path) -> VideoReference | None:
     fields.pop("photo")
     identity = IdentityFeatures(tensors["id_cond"], tuple(tensors[f"hidden.{index}"] for index in range(5)))
     if "control" in fields:
-        fields["control"] = Control(**{**fields["control"], "video": tensors["control_video"].numpy()})
+        facts = fields["control"]
+        acting = {name: facts[name] for name in ("scale", "start", "end")}
+        fields["control"] = Control(tensors["control_video"].numpy(), **acting)
     request = GenerateRequest(**fields, identity=identity, condition_image=tensors["condition_image"].numpy())
     latents = tuple(tensors[f"latents.{index}"] for index in range(request.num_inference_steps))
     return VideoReference(request, tensors["initial_latents"], latents, tensors["frames"])

@@ -6,6 +6,7 @@ pixels.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from proteus_deploy._files import sha256_of
 from proteus_deploy.errors import InputError
 from proteus_deploy.model.config import shortened
 
@@ -51,9 +53,12 @@ class Control:
         return replace(self, scale=scale, start=start, end=end)
 
     def to_json(self) -> dict[str, Any]:
-        """What goes into a video's metadata."""
-        file = str(self.video) if isinstance(self.video, str | Path) else None
-        return {"video": file, "scale": self.scale, "start": self.start, "end": self.end}
+        """What goes into a video's metadata. sha256: of the file, or of the frames' bytes."""
+        if isinstance(self.video, str | Path):
+            file, digest = str(self.video), sha256_of(Path(self.video))
+        else:
+            file, digest = None, hashlib.sha256(self.video.tobytes()).hexdigest()
+        return {"video": file, "sha256": digest, "scale": self.scale, "start": self.start, "end": self.end}
 
 
 def _number(name: str, value: Any) -> float:
@@ -135,7 +140,7 @@ class ControlInputs:
         return tuple(self._scale(control, index) for control in self._controls)
 
     def at(self, index: int, timestep: int, latents: Tensor) -> dict[str, Tensor]:
-        """The denoiser's input in step `index`; empty where no control acts.
+        """The denoiser's inputs in step `index`; empty where no control acts.
 
         latents [B or 2B, F, C, h, w]: its rows.
         """
@@ -148,17 +153,22 @@ class ControlInputs:
             encoded=self._encoded.repeat(rows // len(scales), 1, 1, 1, 1),
             text=self._text[-rows:],
             timestep=torch.full((rows,), timestep, device=latents.device),
-        )["control"]
-        if len(set(scales)) == 1:
-            return {"control": residuals if scales[0] == 1 else residuals * scales[0]}
-        scaled = residuals.clone()
-        for row in range(rows):
-            scale = scales[row % len(scales)]
-            # Not a product with 0: what the network made of nothing may be infinite in 16 bits.
-            scaled[row] = residuals[row] * scale if scale else 0
-        return {"control": scaled}
+        )
+        return {name: _scaled(residual, scales) for name, residual in residuals.items()}
 
     def _scale(self, control: Control | None, index: int) -> float:
         if control is None or not control.start <= index / self._steps < control.end:
             return 0.0
         return float(control.scale)
+
+
+def _scaled(residual: Tensor, scales: Sequence[float]) -> Tensor:
+    """Of rows, a whole number of times as many as scales."""
+    if len(set(scales)) == 1:
+        return residual if scales[0] == 1 else residual * scales[0]
+    scaled = torch.zeros_like(residual)
+    for row in range(len(residual)):
+        # Not a product with 0: what the network made of nothing may be infinite in 16 bits.
+        if scale := scales[row % len(scales)]:
+            scaled[row] = residual[row] * scale
+    return scaled

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from proteus_deploy.model.control_config import RESIDUAL
 from proteus_deploy.process_groups import check_process_group, check_same
 from proteus_deploy.runtime.backend import ONE_FOR_ALL
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["use_guidance_parallel"]
 
-_PER_ROW = ("latents", "text", "timestep", "control", *ONE_FOR_ALL)
+_PER_ROW = ("latents", "text", "timestep", *ONE_FOR_ALL)
 
 
 def use_guidance_parallel(pipeline: Pipeline, group: ProcessGroup | None = None) -> None:
@@ -59,10 +60,14 @@ class _SharedDenoiser:
         first = torch.distributed.get_rank(self._group) * share
         # Face tokens of one identity, and adapters of one video, are one row, which stands for all.
         own = {
-            name: value[first : first + share] if name in _PER_ROW and len(value) == rows else value
+            name: value[first : first + share] if _per_row(name) and len(value) == rows else value
             for name, value in inputs.items()
         }
         velocity: Tensor = self.stage(**own)["velocity"].contiguous()
         parts = [torch.empty_like(velocity) for _ in range(processes)]
         torch.distributed.all_gather(parts, velocity, group=self._group)
         return {"velocity": torch.cat(parts)}
+
+
+def _per_row(name: str) -> bool:
+    return name in _PER_ROW or name.startswith(RESIDUAL)

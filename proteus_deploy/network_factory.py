@@ -53,12 +53,13 @@ class NetworkFactory:
     def __call__(self, graph: str) -> Network:
         """The network of one graph of the stage table."""
         if graph in ("identity_fusion", "identity_schedule", "denoiser"):
+            controlnet = self.checkpoint.controlnet
             modules = transformer_networks(
                 self.checkpoint.transformer,
                 folded=self.folded,
                 kernels=self.kernels,
                 attention=self.attention,
-                controlled=self.checkpoint.controlnet is not None,
+                control_blocks=0 if controlnet is None else len(controlnet.config.residuals),
             )
             if self._transformer is None:
                 self._transformer = self._checked("transformer", _shapes(modules.values(), _same))

@@ -131,6 +131,7 @@ class Pipeline:
         cache: StageCache | None = None,
         weights: Callable[[], str] | None = None,
         base: Callable[[], str] | None = None,
+        controlnet: Callable[[], str | None] | None = None,
     ) -> None:
         """low_memory: networks are loaded for their part of a request and released after it, so that no more
         than the denoiser (and the network of a control video) is there of the stages while it runs; every
@@ -138,6 +139,7 @@ class Pipeline:
         cache: None, or where results of text and identity stages are kept (stage_cache.py); weights() is then
         the hash of the weights, by which it tells networks apart.
         base: the hash of the checkpoint, by which adapters know theirs; None takes all that fit.
+        controlnet: the hash of the control network, for the metadata of videos that it had a part in.
         """
         self.backend = backend
         self.config = config
@@ -151,6 +153,7 @@ class Pipeline:
         self._scheduler = scheduler
         self._low_memory = low_memory
         self._base = base
+        self._controlnet = controlnet
         if cache is not None and weights is None:
             raise InputError(
                 "cache is given and weights isn't; use from_checkpoint or from_bundle, which know them, or "
@@ -209,6 +212,7 @@ class Pipeline:
             cache=cache,
             weights=lambda: checkpoint.hash + ("" if quantize is None else f" {quantize.hash}"),
             base=lambda: checkpoint.hash,
+            controlnet=lambda: checkpoint.controlnet_hash,
         )
 
     @classmethod
@@ -243,6 +247,7 @@ class Pipeline:
             cache=cache,
             weights=lambda: bundle.hash,
             base=lambda: str(bundle.manifest["checkpoint"]["hash"]),
+            controlnet=lambda: bundle.controlnet_hash,
         )
 
     def __enter__(self) -> Self:
@@ -427,6 +432,8 @@ class Pipeline:
         metadata["dtype"] = short_dtype(self.backend.dtype)
         if request.plan is not None:
             metadata["steps"] = steps
+        if request.control is not None and self._controlnet is not None:
+            metadata["controlnet"] = self._controlnet()
         return Video(frames, request.fps, metadata)
 
     def _decode(self, latents: Tensor, request: GenerateRequest, watch: _Watch) -> Tensor:

@@ -11,9 +11,10 @@ from torch import Tensor
 from proteus_deploy.adapters.inputs import ADAPTER_INPUTS, idle_adapters
 from proteus_deploy.errors import InputError
 from proteus_deploy.model.config import TransformerConfig
+from proteus_deploy.model.control_config import RESIDUAL
 from proteus_deploy.model.transformer import rotary_tables
 from proteus_deploy.runtime.backend import ONE_FOR_ALL, bind_sizes
-from proteus_deploy.stages import Graph
+from proteus_deploy.stages import Graph, TensorSpec
 from proteus_deploy.vae_decode import Tiling, decode
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class DenoiserStage(StepStage):
 
     def __init__(self, backend: Backend, config: TransformerConfig) -> None:
         super().__init__("denoiser", backend, config)
+        self._zeros: Tensor | None = None
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         _check_tensors(self.name, inputs)
@@ -98,8 +100,10 @@ class DenoiserStage(StepStage):
         if first in needed and first not in inputs:
             inputs |= idle_adapters(graph, self.backend.dtype, self.backend.device)
         latents = inputs.get("latents", torch.empty(1))
-        if "control" in needed and "control" not in inputs and latents.ndim == 5:
-            inputs["control"] = self._no_control(graph, latents)
+        residuals = [name for name in needed if name.startswith(RESIDUAL) and name not in inputs]
+        if residuals and latents.ndim == 5:
+            zeros = self._no_control(graph.input(residuals[0]), latents)
+            inputs |= dict.fromkeys(residuals, zeros)
         rows = latents.shape[0] if latents.ndim else 1
         for name in ONE_FOR_ALL:
             value = inputs.get(name)
@@ -110,13 +114,14 @@ class DenoiserStage(StepStage):
                 inputs[name] = value.expand(rows, *[-1] * (value.ndim - 1))
         return super().__call__(**inputs)
 
-    def _no_control(self, graph: Graph, latents: Tensor) -> Tensor:
+    def _no_control(self, spec: TensorSpec, latents: Tensor) -> Tensor:
+        """A residual that changes nothing: one for all blocks, kept for the next step."""
         rows, frames, _, height, width = latents.shape
         patch = self._config.backbone.patch_size
-        sizes = {"B": rows, "f": frames, "y": height // patch, "x": width // patch}
-        return torch.zeros(
-            graph.input("control").shape(sizes), dtype=self.backend.dtype, device=self.backend.device
-        )
+        shape = spec.shape({"B": rows, "f": frames, "y": height // patch, "x": width // patch})
+        if self._zeros is None or self._zeros.shape != shape:
+            self._zeros = torch.zeros(shape, dtype=self.backend.dtype, device=self.backend.device)
+        return self._zeros
 
 
 class VaeDecoderStage(Stage):

@@ -94,7 +94,7 @@ def build_stage_table(
     with_adapters = config.backbone.rotary and (optional_adapters or ranges.max_lora_rank)
     side_inputs: list[TensorSpec] = []
     if control is not None:
-        side_inputs.append(_residuals(control, optional=optional_adapters))
+        side_inputs += _residuals(control, optional=optional_adapters)
     if with_adapters:
         side_inputs += _adapters(config, several=ranges.max_videos > 1, optional=optional_adapters)
     graphs = [
@@ -251,9 +251,9 @@ def _adapters(config: TransformerConfig, *, several: bool, optional: bool) -> tu
     )
 
 
-def _residuals(control: ControlConfig, *, optional: bool = False) -> TensorSpec:
-    axes: tuple[Axis, ...] = ("B", control.backbone.num_layers, "f", "y", "x", control.out_dim)
-    return TensorSpec("control", axes, optional=optional)
+def _residuals(control: ControlConfig, *, optional: bool = False) -> tuple[TensorSpec, ...]:
+    axes: tuple[Axis, ...] = ("B", "f", "y", "x", control.out_dim)
+    return tuple(TensorSpec(name, axes, optional=optional) for name in control.residuals)
 
 
 def _control_graphs(control: ControlConfig) -> list[Graph]:
@@ -282,7 +282,7 @@ def _control_graphs(control: ControlConfig) -> list[Graph]:
     encoded = TensorSpec("encoded", (1, "f", encoded_channels, rows, columns))
     return [
         Graph("control_encoder", "control_encoder", (video,), (encoded,)),
-        Graph("controlnet", "controlnet", inputs, (_residuals(control),)),
+        Graph("controlnet", "controlnet", inputs, _residuals(control)),
     ]
 
 

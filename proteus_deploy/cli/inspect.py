@@ -204,6 +204,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "dtype": bundle.dtype,
         "lineage": bundle.transformer.lineage,
         "checkpoint": dict(bundle.manifest["checkpoint"]),
+        "controlnet": bundle.controlnet_hash,
         "versions": dict(bundle.manifest["versions"]),
         "bytes": sum(record["bytes"] for record in bundle.manifest["files"].values()),
         "graphs": [_graph(bundle, graph) for graph in bundle.table.graphs],

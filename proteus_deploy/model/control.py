@@ -84,8 +84,10 @@ class ControlNetwork(nn.Module):
         timestep: Tensor,
         rotary_cos: Tensor,
         rotary_sin: Tensor,
-    ) -> Tensor:
-        """What is added to the denoiser's video tokens, [B, K, f, y, x, d].
+    ) -> tuple[Tensor, ...]:
+        """What is added to the denoiser's video tokens after its first K blocks: K of [B, f, y, x, d].
+
+        Apart, since together they would pass 2^31 elements at the published size.
 
         latents [B, F, C, h, w] (noisy ones only), encoded [B, F, c, h, w], text [B, L, d_text] (the prompt's
         alone: the published networks never saw fused tokens), timestep [B] int64, rotary tables [f, y, x, D].
@@ -96,6 +98,6 @@ class ControlNetwork(nn.Module):
         residuals = []
         for index, block in enumerate(self.transformer_blocks):
             tokens, video = block(tokens, video, time, rotary)
-            residuals.append(self.out_projectors[index](video) if self.out_projectors else video)
-        grid: tuple[int, ...] = rotary_cos.shape[:3]
-        return torch.stack(residuals, dim=1).reshape(*latents.shape[:1], len(residuals), *grid, -1)
+            residual = self.out_projectors[index](video) if self.out_projectors else video
+            residuals.append(residual.unflatten(1, rotary_cos.shape[:3]))
+        return tuple(residuals)

@@ -14,9 +14,10 @@ from proteus_deploy.model.config import (
     check_published_choices,
 )
 
-__all__ = ["FRAMES_PER_LATENT", "ControlConfig", "read_control_config"]
+__all__ = ["FRAMES_PER_LATENT", "RESIDUAL", "ControlConfig", "read_control_config"]
 
 _CLASS_NAME = "CogVideoXControlnet"
+RESIDUAL = "control_"  # begins the name of each residual
 FRAMES_PER_LATENT = 4  # two means over pairs
 _CHANNELS = 3  # a control video is RGB
 _PUBLISHED_TEXT_DIM = 4096  # of T5-XXL; the published configs don't say it
@@ -36,6 +37,11 @@ class ControlConfig:
     latent_channels: int
     projected: bool
     out_dim: int
+
+    @property
+    def residuals(self) -> tuple[str, ...]:
+        """Names of the residuals, one for each block: outputs of `controlnet`, inputs of the denoiser."""
+        return tuple(f"{RESIDUAL}{index:02d}" for index in range(self.backbone.num_layers))
 
     @property
     def folded_channels(self) -> tuple[int, int, int]:

@@ -170,11 +170,11 @@ def transformer_networks(
     folded: bool,
     kernels: Kernels = "reference",
     attention: str = "torch",
-    controlled: bool = False,
+    control_blocks: int = 0,
 ) -> dict[str, nn.Module]:
     """The transformer's stages on the meta device, keyed by stage.
 
-    folded: identity attention in its folded form. controlled: the denoiser has the input `control`.
+    folded: identity attention in its folded form. control_blocks: residuals that the denoiser takes.
     kernels: "triton" puts the fused kernels into the denoiser, which are always folded. attention: over its
     joint tokens, a name of `attention_with`, with or without those kernels.
     Raises BackendError where it isn't known or installed.
@@ -189,8 +189,11 @@ def transformer_networks(
             networks["identity_schedule"] = LocalFacialExtractor(config.schedule)
         else:
             networks["identity_schedule"] = IdentitySchedule(config.schedule)
-        denoiser = ControlledDenoiser if controlled else Denoiser
-        networks["denoiser"] = denoiser(config, form=form, block=block, attention=attention_with(attention))
+        kind = ControlledDenoiser if control_blocks else Denoiser
+        denoiser = kind(config, form=form, block=block, attention=attention_with(attention))
+        if isinstance(denoiser, ControlledDenoiser):
+            denoiser.control_blocks = control_blocks
+        networks["denoiser"] = denoiser
     return networks
 
 

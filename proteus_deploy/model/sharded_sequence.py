@@ -11,6 +11,7 @@ Source: DeepSpeed Ulysses (arXiv 2309.14509).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -139,7 +140,7 @@ class SequenceParallelDenoiser(Denoiser):
         face_tokens: Tensor,
         identity_gate: Tensor,
         adapters: BlockAdapters | None = None,
-        control: Tensor | None = None,
+        control: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """As `Denoiser.denoise_tokens`: all tokens in (embedding them is little work), all patches out.
 

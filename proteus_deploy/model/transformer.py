@@ -7,7 +7,7 @@ Sources: CogVideoX (arXiv 2408.06072) and its 1.5 release (`patch_size_t`, `ofs_
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -78,15 +78,15 @@ class Denoiser(nn.Module):
         adapter_down: Tensor | None = None,
         adapter_up: Tensor | None = None,
         adapter_scale: Tensor | None = None,
-        control: Tensor | None = None,
+        control: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Velocity [B, F, out_channels, h, w] of one denoising step.
 
         latents [B, F, in_channels, h, w] (noisy and condition side by side), text [B, L, d_text] with the
         fused tokens in front, timestep [B] int64, face_tokens [B or 1, Q, d_face], identity_gate [1]
         float32, rotary tables [f, y, x, D] float32 over the token grid (None without rotary embedding),
-        adapters as in `BlockAdapters` and control [B, K, f, y, x, d], added after the first K blocks (None
-        where there are none).
+        adapters as in `BlockAdapters` and control, a [B, f, y, x, d] to add after each of the first blocks
+        (None where there are none).
         """
         time = self.time_vector(timestep, latents.dtype)
         text, video = self.patch_embed(text, latents)
@@ -96,7 +96,7 @@ class Denoiser(nn.Module):
         adapters = None
         if adapter_down is not None and adapter_up is not None and adapter_scale is not None:
             adapters = BlockAdapters(adapter_down, adapter_up, adapter_scale)
-        residuals = None if control is None else control.flatten(2, 4)
+        residuals = None if control is None else [residual.flatten(1, 3) for residual in control]
         patches = self.denoise_tokens(
             text, video, time, rotary, face_tokens, identity_gate, adapters, residuals
         )
@@ -111,17 +111,17 @@ class Denoiser(nn.Module):
         face_tokens: Tensor,
         identity_gate: Tensor,
         adapters: BlockAdapters | None = None,
-        control: Tensor | None = None,
+        control: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Tokens [B, L, d] and [B, N, d] -> velocity patches [B, N, patch volume * out_channels].
 
-        control [B, K, N, d]: residuals of the first K blocks.
+        control: residuals [B, N, d] of the first blocks.
         """
         for index, block in enumerate(self.transformer_blocks):
             adapter = None if adapters is None else adapters.of(index)
             text, video = block(text, video, time, rotary, adapter)
-            if control is not None and index < control.shape[1]:
-                video = video + control[:, index]
+            if control is not None and index < len(control):
+                video = video + control[index]
             if index % self.interval == 0:
                 identity = self.perceiver_cross_attention[index // self.interval]
                 video = identity(video, face_tokens, identity_gate)
@@ -148,7 +148,9 @@ class Denoiser(nn.Module):
 
 
 class ControlledDenoiser(Denoiser):
-    """A denoiser whose graph always has the input `control`, and adapters only where they were asked for."""
+    """A denoiser whose graph always has residuals, and adapters only where they were asked for."""
+
+    control_blocks = 0  # how many residuals there are
 
     def forward(  # type: ignore[override]
         self,
@@ -159,13 +161,14 @@ class ControlledDenoiser(Denoiser):
         identity_gate: Tensor,
         rotary_cos: Tensor,
         rotary_sin: Tensor,
-        control: Tensor | None,
-        *adapters: Tensor | None,
+        *side: Tensor | None,
     ) -> Tensor:
-        """As `Denoiser.forward`, with its inputs in the order of the graph's."""
+        """As `Denoiser.forward`, with its inputs in the order of the graph's: residuals, then adapters."""
+        residuals, adapters = side[: self.control_blocks], side[self.control_blocks :]
+        control = [residual for residual in residuals if residual is not None]  # all of them or none
         down, up, scale = adapters or (None, None, None)
         inputs = (latents, text, timestep, face_tokens, identity_gate, rotary_cos, rotary_sin)
-        return super().forward(*inputs, down, up, scale, control)
+        return super().forward(*inputs, down, up, scale, control or None)
 
 
 class Block(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -72,14 +73,21 @@ def composed(make_adapter: Make, small_request: Make, tmp_path: Path) -> Generat
     return request
 
 
-def test_with_a_style_and_a_person(eager: Pipeline, bundle: Pipeline, composed: GenerateRequest) -> None:
+def test_with_a_style_and_a_person(
+    eager: Pipeline, bundle: Pipeline, control_bundle: Path, composed: GenerateRequest
+) -> None:
     """In one request, each of them to an effect, and the bundle's video is the reference's."""
     expected = eager.generate(composed)
     for less in ({"control": None}, {"adapters": composed.adapters[:1]}, {"adapters": composed.adapters[1:]}):
         assert (eager.generate(replace(composed, **less)).frames - expected.frames).abs().max() > 0.01
     assert (bundle.generate(composed).frames - expected.frames).abs().max() < 1e-4
     told = expected.metadata["request"]
-    assert told["control"] == {"video": None, "scale": 0.6, "start": 0.0, "end": 0.75}
+    digest = hashlib.sha256(poses().tobytes()).hexdigest()
+    acting = {"scale": 0.6, "start": 0.0, "end": 0.75}
+    assert told["control"] == {"video": None, "sha256": digest, **acting}
+    network = Bundle.open(control_bundle).controlnet_hash
+    assert expected.metadata["controlnet"] == bundle.generate(composed).metadata["controlnet"] == network
+    assert len(network or "") == 64
     assert len(told["adapters"]) == 2
 
 
@@ -129,7 +137,7 @@ def test_the_scale_is_of_the_residuals(eager: Pipeline, small_request: Make) -> 
     denoiser: Any = eager.stages["denoiser"]
 
     def watched(**inputs: Tensor) -> Any:
-        seen.append(inputs["control"])
+        seen.append(torch.stack([inputs["control_00"], inputs["control_01"]], dim=1))
         return denoiser(**inputs)
 
     eager.stages["denoiser"] = watched  # type: ignore[assignment]
@@ -224,6 +232,14 @@ def test_a_step_cache_keeps_to_its_side(eager: Pipeline, make_adapter: Make, sma
     assert computed(adapters=(AdapterUse(make_adapter(1), gate=gate),)) == [0, 3]
 
 
+def test_a_bundle_goes_into_no_source(parity: Path, controlnet: Path) -> None:
+    from proteus_deploy.export.export import export_bundle
+
+    checkpoint = Checkpoint.open(parity / "checkpoint", controlnet=controlnet)
+    with pytest.raises(InputError, match="are in one another"):
+        export_bundle(checkpoint, controlnet / "bundle")
+
+
 def test_no_control_network(
     parity: Path, parity_pipeline: Pipeline, control_bundle: Path, small_request: Make
 ) -> None:
@@ -312,9 +328,10 @@ def test_compiled(make_checkpoint: Make, tmp_path: Path) -> None:
         "timestep": torch.tensor([100, 100]),
         "face_tokens": torch.randn(2, config.face_tokens, config.identity_attention.face_dim),
     }
-    control = torch.randn(2, 1, 2, 2, 3, 96)
+    control = torch.randn(2, 2, 2, 3, 96)
     found = [
-        DenoiserStage(backend, config)(**inputs, control=control)["velocity"] for backend in (plain, compiled)
+        DenoiserStage(backend, config)(**inputs, control_00=control)["velocity"]
+        for backend in (plain, compiled)
     ]
     assert (found[0] - found[1]).abs().max() < 1e-4
     without = [DenoiserStage(backend, config)(**inputs)["velocity"] for backend in (plain, compiled)]
@@ -335,7 +352,7 @@ def test_a_graph_without_room_for_adapters(parity: Path, controlnet: Path, tmp_p
     checkpoint = Checkpoint.open(parity / "checkpoint", controlnet=controlnet)
     table = build_stage_table(checkpoint)
     graph = table.graph("denoiser")
-    assert graph.inputs[-1].name == "control"
+    assert graph.inputs[-1].name == "control_01"
     file = tmp_path / "denoiser.onnx"
     export_graph(graph, table, NetworkFactory(checkpoint, folded=True)("denoiser"), file, dtype=torch.float32)
     inputs = sample_inputs(graph, table.sizes("opt"))
@@ -371,8 +388,11 @@ def test_an_engine(control_bundle: Path, tmp_path: Path) -> None:
     from proteus_deploy.export.build import build_bundle
 
     copy = Bundle.open(shutil.copytree(control_bundle, tmp_path / "bundle"))
-    engines = build_bundle(copy, "sm89", stages=["control_encoder", "controlnet"])
-    assert set(engines.document["graphs"]) == {"control_encoder", "controlnet"}
+    stages = ["control_encoder", "controlnet", "denoiser"]
+    engines = build_bundle(copy, "sm89", stages=stages)
+    assert set(engines.document["graphs"]) == set(stages)
+    inputs = engines.document["graphs"]["denoiser"]["contract"]["inputs"]
+    assert {"control_00", "control_01", "adapter_up"} <= {spec["name"] for spec in inputs}
 
 
 def test_the_command(
@@ -395,7 +415,9 @@ def test_the_command(
     control = ["--control-video", str(tmp_path / "poses.mp4"), "--control-scale", "0.2"]
     assert main([*words, *control, "--controlnet", str(network)]) == 0
     made = read_video(tmp_path / "video.mp4").metadata["request"]["control"]
-    assert made == {"video": str(tmp_path / "poses.mp4"), "scale": 0.2, "start": 0.0, "end": 1.0}
+    digest = hashlib.sha256((tmp_path / "poses.mp4").read_bytes()).hexdigest()
+    told = {"video": str(tmp_path / "poses.mp4"), "sha256": digest, "scale": 0.2, "start": 0.0, "end": 1.0}
+    assert made == told
     bundle = [words[0], str(parity_bundle), *words[2:]]
     for wrong, message in (
         (
