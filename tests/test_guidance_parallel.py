@@ -77,3 +77,35 @@ def test_two_processes_make_the_video_of_one(
 def test_without_torch_distributed_it_is_refused(parity_pipeline: Pipeline) -> None:
     with pytest.raises(BackendError, match="start the processes with torchrun"):
         use_guidance_parallel(parity_pipeline)
+
+
+def test_residuals_are_divided_with_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two processes gets the second half of what has a row for each row."""
+    from proteus_deploy import guidance_parallel
+
+    given: dict[str, torch.Tensor] = {}
+
+    class Stage:
+        inputs = ("latents", "control_00", "face_tokens", "rotary_cos")
+
+        def __call__(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+            given.update(inputs)
+            return {"velocity": inputs["latents"]}
+
+    def gather(parts: list[torch.Tensor], own: torch.Tensor, group: object) -> None:
+        for part in parts:
+            part.copy_(own)
+
+    monkeypatch.setattr(guidance_parallel, "check_same", lambda *_: None)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda _: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda _: 1)
+    monkeypatch.setattr(torch.distributed, "all_gather", gather)
+    shared = guidance_parallel._SharedDenoiser(Stage(), None)
+    rows = torch.arange(2.0).reshape(2, 1)
+    shared(latents=rows, control_00=rows + 10, face_tokens=rows[:1], rotary_cos=rows)
+    assert {name: value.flatten().tolist() for name, value in given.items()} == {
+        "latents": [1.0],
+        "control_00": [11.0],
+        "face_tokens": [0.0],
+        "rotary_cos": [0.0, 1.0],
+    }
