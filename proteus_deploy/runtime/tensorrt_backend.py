@@ -65,7 +65,9 @@ class TensorRTBackend:
         self._weight_budget = weight_budget
         self._runners: dict[str, TensorRTGraph] = {}
         self._bundle = bundle
-        takes_adapters = any(spec.name == "adapter_down" for spec in self.table.graph("denoiser").inputs)
+        takes_adapters = any(
+            spec.name == "adapter_down" for graph in self.table.graphs for spec in graph.inputs
+        )
         # Adapters come as other weights where the graph has no inputs for them.
         self.refits = bool(self.engines.document.get("options", {}).get("refit")) and not takes_adapters
 
