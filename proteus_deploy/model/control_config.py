@@ -97,7 +97,7 @@ def _check_fits(config: ControlConfig, denoiser: BackboneConfig, source: str) ->
     if denoiser.patch_size_t is not None or not denoiser.rotary or ratio != FRAMES_PER_LATENT:
         raise CheckpointError(
             f"{source}: control networks are for CogVideoX 1.0 with rotary positions, and this checkpoint's "
-            "denoiser is another; none was published for it"
+            "denoiser is another; leave controlnet out, or open a checkpoint of that kind"
         )
     pairs = (
         ("use_rotary_positional_embeddings", own.rotary, True),
