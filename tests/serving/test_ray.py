@@ -120,7 +120,8 @@ def test_two_replicas_survive_the_killing_of_one(
 
     before = replicas()
     assert len(before) == 2
-    jobs = [create(8, seed) for seed in (1, 1, 2, 2)]
+    # Long enough that neither replica is done with its first job when one of them is killed.
+    jobs = [create(60, seed) for seed in (1, 1, 2, 2)]
     _wait(server, jobs, lambda shown: sum(one["status"] == "in_progress" for one in shown) == 2)
     victim, workers = next(iter(before.items()))
     os.kill(victim, signal.SIGKILL)
