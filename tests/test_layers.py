@@ -47,6 +47,7 @@ LAYERS = (
         "denoising",
         "video",
         "pipeline",
+        "portrait",
     ),
     ("export",),
     ("evaluate", "training", "personalize"),

@@ -1,0 +1,12 @@
+"""Portraits from text, for those who have no photo: an autoregressive model whose cache stays small.
+
+    config.py      sizes of LlamaGen's decoder and tokenizer
+    gpt.py, vq.py  the decoder, the tokenizer
+    captions.py    text to what the decoder starts from
+    plan.py        what a cache keeps; eviction.py, cache.py: how
+    sampling.py    logits to a token; decoding.py: the loop
+    checkpoint.py  the published layout; painter.py: captions to pictures
+
+ADSA (adaptive dynamic sparse attention) keeps the prefix, a window, and of what lies between the values that
+are least like the others. docs/portrait.md says what that costs and gains.
+"""

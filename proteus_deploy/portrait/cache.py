@@ -1,0 +1,213 @@
+"""A layer's keys and values in a fixed number of slots.
+
+Axes: B sequences, H query heads, G heads of keys and values, N new positions, S slots, D head size,
+R rows of choices: 1 where all heads keep the same positions, G where each has its own; E slots that are
+given up at a time.
+
+The buffer is made once, for as many positions as the plan has slots; there is none of full length. New
+positions are written behind what is there. Once it is full, the rule names E slots to give up, the E newest
+move into them, and the end is free again: nothing else moves, and nothing is made anew. Attention doesn't
+care about the order of the slots, as keys are rotated before they come here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from proteus_deploy.errors import InputError
+from proteus_deploy.portrait.config import GptConfig
+from proteus_deploy.portrait.eviction import Redundancy, make_rule
+from proteus_deploy.portrait.plan import CachePlan
+
+__all__ = ["SlotCache", "make_caches"]
+
+
+class SlotCache:
+    """The cache of one layer; see `gpt.LayerCache`.
+
+    kernel: "torch", or "triton" for one pass over keys and values for attention and ADSA's products together.
+
+    seen: positions that came in, so the next one's number. filled: slots in use.
+    positions: int64 [B, R, S], the number of the position in each slot; of slots below `filled`.
+    offloaded: with the plan's `offload`, what was given up: positions [B, R, E] and keys and values
+    [B, G, E, D], in host memory.
+    """
+
+    def __init__(
+        self,
+        plan: CachePlan,
+        sequences: int,
+        heads: int,
+        head_dim: int,
+        *,
+        layer: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        kernel: str = "torch",
+    ) -> None:
+        if kernel not in ("torch", "triton"):
+            raise InputError(f"kernel is {kernel!r}; choose torch or triton")
+        self.plan = plan
+        self.rows = heads if plan.scope == "head" else 1
+        self.keys = torch.empty(sequences, heads, plan.slots, head_dim, dtype=dtype, device=device)
+        self.values = torch.empty_like(self.keys)
+        self.positions = torch.empty(sequences, self.rows, plan.slots, dtype=torch.int64, device=device)
+        self.seen = self.filled = 0
+        self.offloaded: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._rule = make_rule(plan, layer)
+        self._kernel = kernel
+
+    @property
+    def bytes(self) -> int:
+        """Of keys and values."""
+        return sum(one.numel() * one.element_size() for one in (self.keys, self.values))
+
+    @property
+    def bookkeeping_bytes(self) -> int:
+        """Of everything beside keys and values: which positions, norms, sums."""
+        held = [self.positions]
+        if isinstance(self._rule, Redundancy) and self._rule.direction is not None:
+            assert self._rule.inverse_norms is not None
+            held += [self._rule.direction, self._rule.inverse_norms]
+        return sum(one.numel() * one.element_size() for one in held)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Take in key and value [B, G, N, D], then attend from query [B, H, N, D] to all that is kept.
+
+        mask: bool, broadcast to [B, H, N, first slots in use]; True is seen, and so are slots behind its end.
+        Once some were given up, a mask can speak of the plan's prefix only.
+        Returns [B, H, N, D]. Raises InputError for more new positions than there are free slots.
+        """
+        keys, values = self.take_in(key, value)
+        if mask is None and query.shape[2] > 1:
+            past = torch.arange(keys.shape[2], device=query.device)
+            mask = past <= past[-query.shape[2] :, None]
+        elif mask is not None and mask.shape[-1] < keys.shape[2]:
+            mask = functional.pad(mask, (0, keys.shape[2] - mask.shape[-1]), value=True)
+        if self._rule is not None and self._rule.needs_weights:
+            return self._weigh(query, keys, values, mask)
+        rule = self._rule
+        if self._kernel == "triton" and query.shape[2] == 1:
+            return self._fused(query, keys, values, mask, rule if isinstance(rule, Redundancy) else None)
+        return functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, enable_gqa=query.shape[1] != keys.shape[1]
+        )
+
+    def take_in(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write key and value [B, G, N, D], giving up others where need be; returns what is kept, as views.
+
+        Raises InputError for more new positions than there are free slots.
+        """
+        new = key.shape[2]
+        room = self.plan.slots - self.filled
+        if new > room:
+            if new > 1 or self._rule is None:
+                raise InputError(
+                    f"{new} new positions for a cache with {room} of {self.plan.slots} slots free; "
+                    "a prompt has to fit, and an image has to end; choose a larger budget"
+                )
+            self._give_up(min(self.plan.cadence, self._candidates()))
+        start, end = self.filled, self.filled + new
+        self.keys[:, :, start:end] = key
+        self.values[:, :, start:end] = value
+        if self._rule is not None:
+            self.positions[:, :, start:end] = torch.arange(self.seen, self.seen + new, device=key.device)
+        self.seen, self.filled = self.seen + new, end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def _candidates(self) -> int:
+        """How many slots may be given up before the next position comes."""
+        return self.filled - self.plan.prefix - (self.plan.window - 1)
+
+    def _give_up(self, count: int) -> None:
+        assert self._rule is not None
+        positions = self.positions[:, :, : self.filled]
+        candidates = (positions >= self.plan.prefix) & (positions <= self.seen - self.plan.window)
+        worth = self._rule.worth(self)
+        slots = worth.masked_fill(~candidates, torch.inf).topk(count, largest=False).indices
+        if self.plan.offload:
+            self._offload(slots)
+        # The last slots are to be free. Sorted like this, those among them that stay are paired with the ones
+        # before them that go, and the ones among them that go with themselves.
+        slots = slots.sort(dim=-1).values
+        last = torch.arange(self.filled - count, self.filled, device=slots.device).expand_as(slots)
+        goes = (last.unsqueeze(-1) == slots.unsqueeze(-2)).any(dim=-1)
+        source = last.gather(2, goes.int().argsort(dim=-1, stable=True))
+        self._rule.gave_up(self, slots, source)
+        self.positions.scatter_(2, slots, self.positions.gather(2, source))
+        into, outof = self._index(slots), self._index(source)
+        self.keys.scatter_(2, into, self.keys.gather(2, outof))
+        self.values.scatter_(2, into, self.values.gather(2, outof))
+        self.filled -= count
+
+    def _index(self, slots: Tensor) -> Tensor:
+        """Slots [B, R, E] as an index of keys and values, [B, G, E, D]."""
+        heads, head_dim = self.keys.shape[1], self.keys.shape[3]
+        return slots.expand(-1, heads, -1).unsqueeze(-1).expand(-1, -1, -1, head_dim)
+
+    def _offload(self, slots: Tensor) -> None:
+        index = self._index(slots)
+        gone = (self.positions.gather(2, slots), self.keys.gather(2, index), self.values.gather(2, index))
+        self.offloaded.append((gone[0].cpu(), gone[1].cpu(), gone[2].cpu()))
+
+    def _weigh(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention by its parts, as the rule asks for the weights."""
+        assert self._rule is not None
+        groups = query.shape[1] // keys.shape[1]
+        scores = query @ keys.repeat_interleave(groups, dim=1).transpose(-1, -2) * query.shape[-1] ** -0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        weights = scores.float().softmax(dim=-1)
+        self._rule.observe(self, weights)
+        out: Tensor = weights.to(values.dtype) @ values.repeat_interleave(groups, dim=1)
+        return out
+
+    def _fused(
+        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, rule: Redundancy | None
+    ) -> Tensor:
+        """Attention of one position; before a choice also the products of ADSA, from the same pass."""
+        from proteus_deploy.kernels.decode_attention import fused_decode_attention
+
+        chooses_next = rule is not None and self.filled == self.plan.slots
+        direction = None
+        if rule is not None and chooses_next:
+            direction = rule.join(self)
+        out, similarity = fused_decode_attention(
+            query[:, :, 0],
+            keys,
+            values,
+            self.filled,
+            direction,
+            mask=None if mask is None else mask[:, 0, 0].expand(len(query), -1),
+        )
+        if rule is not None:
+            rule.similarity = similarity
+        attended: Tensor = out.unsqueeze(2)
+        return attended
+
+
+def make_caches(
+    config: GptConfig,
+    plan: CachePlan,
+    sequences: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    kernel: str = "torch",
+) -> list[SlotCache]:
+    """A cache for each layer of LlamaGen's decoder; with guidance, both halves count as sequences."""
+    return [
+        SlotCache(
+            plan,
+            sequences,
+            config.kv_heads,
+            config.head_dim,
+            layer=layer,
+            dtype=dtype,
+            device=device,
+            kernel=kernel,
+        )
+        for layer in range(config.n_layer)
+    ]

@@ -1,0 +1,193 @@
+"""The rules by which a full cache chooses what to give up; `plan.POLICIES` names them.
+
+Axes: B sequences, R rows of choices (1, or one for each head of keys), S slots, G heads of keys and values,
+D head size.
+
+A rule gives each slot a worth; the slots with the least go. Rules see a cache and keep what they add up over
+the steps themselves.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from proteus_deploy.portrait.cache import SlotCache
+    from proteus_deploy.portrait.plan import CachePlan
+
+__all__ = ["Redundancy", "Rule", "make_rule", "pairwise_redundancy"]
+
+
+class Rule:
+    """How much each slot is worth."""
+
+    needs_weights = False
+
+    def worth(self, cache: SlotCache) -> Tensor:
+        """[B, R, slots in use]; before a new position comes in."""
+        raise NotImplementedError
+
+    def observe(self, cache: SlotCache, weights: Tensor) -> None:
+        """Attention weights [B, H, N, slots in use] of a step, for rules that say they need them."""
+
+    def gave_up(self, cache: SlotCache, slots: Tensor, source: Tensor) -> None:
+        """Slots [B, R, E] are about to hold what the slots `source` [B, R, E] hold."""
+
+
+class Redundancy(Rule):
+    """ADSA (equations 2 to 4): worth is minus the mean cosine of a slot's value with those of the others.
+
+    With unit vectors u, the mean over the N - 1 others is (u_i . sum_j u_j - 1) / (N - 1). The sum is kept
+    over the steps: what leaves the window joins it, and what is given up leaves it (redundancy "kept") or
+    stays in it ("seen"). So a choice costs O(S D), not O(S^2 D). Over all heads side by side, or by head.
+    """
+
+    def __init__(self, *, keep_seen: bool) -> None:
+        self._keep_seen = keep_seen
+        self._joined = 0  # positions below this one are in the sum, but for the prefix
+        self._count = 0
+        self.direction: Tensor | None = None  # [B, G, D], float32
+        self.inverse_norms: Tensor | None = None  # [B, R, S], float32
+        # What a fused kernel has found on its way through the values; used once.
+        self.similarity: Tensor | None = None
+
+    def join(self, cache: SlotCache) -> Tensor:
+        """Add values of positions that the next one pushes out of the window; returns the sum [B, G, D]."""
+        start, end = max(self._joined, cache.plan.prefix), cache.seen - cache.plan.window + 1
+        count = max(0, end - start)
+        if self.direction is None or self.inverse_norms is None:
+            values = cache.values
+            self.direction = torch.zeros_like(values[:, :, 0], dtype=torch.float32)
+            self.inverse_norms = torch.zeros(cache.positions.shape, device=values.device)
+        if count:
+            positions = cache.positions[..., : cache.filled]
+            new = (positions >= start) & (positions < end)
+            slots = new.int().topk(count, dim=-1).indices
+            unit, inverse = self._units(cache, slots)
+            self.inverse_norms.scatter_(2, slots, inverse)
+            self.direction += unit.sum(dim=2)
+            self._joined = end
+            self._count += count
+        return self.direction
+
+    def worth(self, cache: SlotCache) -> Tensor:
+        direction = self.join(cache)
+        assert self.inverse_norms is not None
+        similarity, self.similarity = self.similarity, None
+        if similarity is None:
+            similarity = _value_similarity(cache.values[:, :, : cache.filled], direction, cache.rows)
+        cosine = similarity * self.inverse_norms[..., : cache.filled]
+        return (1 - cosine) / max(1, self._count - 1)
+
+    def gave_up(self, cache: SlotCache, slots: Tensor, source: Tensor) -> None:
+        assert self.direction is not None
+        assert self.inverse_norms is not None
+        if not self._keep_seen:
+            unit, _ = self._units(cache, slots)  # the values are still there
+            self.direction -= unit.sum(dim=2)
+            self._count -= slots.shape[-1]
+        self.inverse_norms.scatter_(2, slots, self.inverse_norms.gather(2, source))
+
+    def _units(self, cache: SlotCache, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit vectors [B, G, E, D] of the values in slots [B, R, E], and one over their norms [B, R, E]."""
+        values = cache.values
+        index = slots.expand(-1, values.shape[1], -1).unsqueeze(-1).expand(-1, -1, -1, values.shape[-1])
+        taken = values.gather(2, index).float()
+        squares = taken.square().sum(dim=-1)
+        if cache.rows == 1:
+            squares = squares.sum(dim=1, keepdim=True)
+        inverse = squares.clamp_min(1e-30).rsqrt()
+        return taken * inverse.unsqueeze(-1), inverse
+
+
+def _value_similarity(values: Tensor, direction: Tensor, rows: int) -> Tensor:
+    """Products of each slot's values [B, G, S, D] with a direction [B, G, D], float32 [B, R, S].
+
+    rows: R; with 1 the heads are summed, which makes them one long vector.
+    """
+    products: Tensor = (values @ direction.to(values.dtype).unsqueeze(-1)).squeeze(-1).float()
+    if rows == 1:
+        products = products.sum(dim=1, keepdim=True)
+    return products
+
+
+def pairwise_redundancy(values: Tensor) -> Tensor:
+    """The definition, word for word: mean cosine of each of values [N, D] with the N - 1 others; [N]."""
+    unit = values / values.norm(dim=-1, keepdim=True)
+    cosine = unit @ unit.T
+    others: Tensor = cosine.sum(dim=-1) - cosine.diagonal()
+    return others / (len(values) - 1)
+
+
+class _Oldest(Rule):
+    def worth(self, cache: SlotCache) -> Tensor:
+        return cache.positions[..., : cache.filled].float()
+
+
+class _Random(Rule):
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def worth(self, cache: SlotCache) -> Tensor:
+        positions = cache.positions[..., : cache.filled]
+        # Drawn on the host, so that every device gives up the same ones.
+        return torch.rand(positions.shape, generator=self._generator).to(positions.device)
+
+
+class _Uniform(Rule):
+    """What stays is spread evenly at every length: those whose number has the least mirrored bits stay.
+
+    The numbers whose mirrored bits are below 2^-j are the multiples of 2^j; between two powers, the rest are
+    as evenly spread (van der Corput's sequence).
+    """
+
+    _BITS = 20
+
+    def worth(self, cache: SlotCache) -> Tensor:
+        number = cache.positions[..., : cache.filled] - cache.plan.prefix
+        mirrored = torch.zeros_like(number)
+        for bit in range(self._BITS):
+            mirrored |= ((number >> bit) & 1) << (self._BITS - 1 - bit)
+        return -mirrored.float()
+
+
+class _Attention(Rule):
+    """The sum of all attention that a slot got, of all queries since it was filled (H2O, equation 4)."""
+
+    needs_weights = True
+
+    def __init__(self) -> None:
+        self._got: Tensor | None = None
+
+    def worth(self, cache: SlotCache) -> Tensor:
+        assert self._got is not None
+        return self._got[..., : cache.filled]
+
+    def observe(self, cache: SlotCache, weights: Tensor) -> None:
+        if self._got is None:
+            self._got = torch.zeros(cache.positions.shape, device=weights.device)
+        got = weights.float().sum(dim=2).unflatten(1, (cache.rows, -1)).sum(dim=2)
+        self._got[..., : got.shape[-1]] += got
+
+    def gave_up(self, cache: SlotCache, slots: Tensor, source: Tensor) -> None:
+        assert self._got is not None
+        self._got.scatter_(2, slots, self._got.gather(2, source))
+        self._got[..., cache.filled - slots.shape[-1] :] = 0
+
+
+def make_rule(plan: CachePlan, layer: int) -> Rule | None:
+    """The rule of a layer's cache; None for "dense"."""
+    if plan.policy == "adsa":
+        return Redundancy(keep_seen=plan.redundancy == "seen")
+    if plan.policy == "sink-window":
+        return _Oldest()
+    if plan.policy == "random":
+        return _Random(1000 * plan.seed + layer)
+    if plan.policy == "uniform":
+        return _Uniform()
+    if plan.policy == "attention":
+        return _Attention()
+    return None
