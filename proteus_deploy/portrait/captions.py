@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from proteus_deploy.errors import CheckpointError
 from proteus_deploy.tokens import Tokenizer
+from proteus_deploy.weights import SafetensorsFolder, read_json
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 __all__ = ["CaptionEncoder"]
+
+# Files hold the embedding under one of these names, or under both.
+_TIED = ("shared.weight", "encoder.embed_tokens.weight")
 
 
 class CaptionEncoder:
@@ -44,24 +48,34 @@ class CaptionEncoder:
     @cached_property
     def _encoder(self) -> Any:
         import torch
-        from transformers import T5EncoderModel
+        from transformers import T5Config, T5EncoderModel
 
-        if not (self._folder / "config.json").is_file():
+        file = self._folder / "config.json"
+        if not file.is_file():
             raise CheckpointError(
                 f"{self._folder} has no config.json; a T5 encoder in transformers' layout belongs there "
                 "(LlamaGen's is flan-t5-xl)"
             )
-        try:
-            encoder = T5EncoderModel.from_pretrained(
-                str(self._folder), local_files_only=True, dtype=torch.float32
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{self._folder} can't be read as a T5 encoder: {error}") from error
-        if encoder.config.d_model != self._width:
+        config = read_json(file)
+        if config.get("model_type") != "t5" or config.get("d_model") != self._width:
             raise CheckpointError(
-                f"the encoder in {self._folder} is {encoder.config.d_model} wide, but the decoder's captions "
-                f"are {self._width}; LlamaGen's decoders go with flan-t5-xl, 2048 wide"
+                f"{file} is of a {config.get('model_type')} encoder, {config.get('d_model')} wide, but the "
+                f"decoder's captions are a t5's, {self._width} wide; LlamaGen's go with flan-t5-xl, 2048 wide"
             )
+        with torch.device("meta"):
+            encoder: Any = T5EncoderModel(T5Config(**config))
+        stored = SafetensorsFolder(self._folder)
+        names = set(stored.keys())
+        tied = next((name for name in _TIED if name in names), _TIED[0])
+        wanted = {name: tied if name in _TIED else name for name in encoder.state_dict()}
+        missing = sorted(set(wanted.values()) - names)
+        if missing:
+            raise CheckpointError(f"{self._folder} lacks {', '.join(missing[:8])}; is it another network?")
+        tensors = {name: stored.tensor(source).float() for name, source in wanted.items()}
+        try:
+            encoder.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:
+            raise CheckpointError(f"{self._folder} doesn't fit its own config.json: {error}") from error
         return encoder.requires_grad_(False).train(False).to(self._device)
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
