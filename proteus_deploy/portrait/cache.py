@@ -1,4 +1,4 @@
-"""A layer's keys and values in a fixed number of slots.
+"""Keys and values of a decoder's layers in a fixed number of slots.
 
 Axes: B sequences, H query heads, G heads of keys and values, N new positions, S slots, D head size,
 R rows of choices: 1 where all heads keep the same positions, G where each has its own; E slots that are
@@ -18,21 +18,26 @@ from torch.nn import functional
 
 from proteus_deploy.errors import InputError
 from proteus_deploy.portrait.config import GptConfig
-from proteus_deploy.portrait.eviction import Redundancy, make_rule
+from proteus_deploy.portrait.eviction import Redundancy, Rule, make_rule
 from proteus_deploy.portrait.plan import CachePlan
 
-__all__ = ["SlotCache", "make_caches"]
+__all__ = ["LayerSlots", "SlotCache", "make_cache"]
 
 
 class SlotCache:
-    """The cache of one layer; see `gpt.LayerCache`.
+    """The caches of several layers, which come to the same positions one after the other.
 
+    A choice is made for all layers at once, when the first of them comes to a new position, so it takes no
+    more calls than for one. Each layer has slots of its own, as each sequence does.
+
+    sequences: B. heads: G. layers: how many share the object, one after the other in the axis of sequences.
     kernel: "torch", or "triton" for one pass over keys and values for attention and ADSA's products together.
 
     seen: positions that came in, so the next one's number. filled: slots in use.
-    positions: int64 [B, R, S], the number of the position in each slot; of slots below `filled`.
-    offloaded: with the plan's `offload`, what was given up: positions [B, R, E] and keys and values
-    [B, G, E, D], in host memory.
+    keys, values: [layers B, G, S, D]. positions: int64 [layers B, R, S], the number of the position in each
+    slot; of slots below `filled`.
+    offloaded: with the plan's `offload`, what was given up: positions [layers B, R, E] and keys and values
+    [layers B, G, E, D], in host memory.
     """
 
     def __init__(
@@ -42,7 +47,7 @@ class SlotCache:
         heads: int,
         head_dim: int,
         *,
-        layer: int = 0,
+        layers: int = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         kernel: str = "torch",
@@ -51,13 +56,21 @@ class SlotCache:
             raise InputError(f"kernel is {kernel!r}; choose torch or triton")
         self.plan = plan
         self.rows = heads if plan.scope == "head" else 1
-        self.keys = torch.empty(sequences, heads, plan.slots, head_dim, dtype=dtype, device=device)
+        self.keys = torch.empty(layers * sequences, heads, plan.slots, head_dim, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
-        self.positions = torch.empty(sequences, self.rows, plan.slots, dtype=torch.int64, device=device)
+        self.positions = torch.empty(
+            layers * sequences, self.rows, plan.slots, dtype=torch.int64, device=device
+        )
         self.seen = self.filled = 0
         self.offloaded: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._rule = make_rule(plan, layer)
-        self._kernel = kernel
+        self._layers, self._sequences = layers, sequences
+        self.rule = make_rule(plan)
+        self.kernel = kernel
+
+    @property
+    def layers(self) -> list[LayerSlots]:
+        """The part of each layer."""
+        return [LayerSlots(self, layer, self._sequences) for layer in range(self._layers)]
 
     @property
     def bytes(self) -> int:
@@ -66,66 +79,45 @@ class SlotCache:
 
     @property
     def bookkeeping_bytes(self) -> int:
-        """Of everything beside keys and values: which positions, norms, sums."""
-        held = [self.positions]
-        if isinstance(self._rule, Redundancy) and self._rule.direction is not None:
-            assert self._rule.inverse_norms is not None
-            held += [self._rule.direction, self._rule.inverse_norms]
+        """Of everything beside keys and values: which positions, and what the rule adds up."""
+        held = [self.positions, *(self.rule.tensors() if self.rule is not None else ())]
         return sum(one.numel() * one.element_size() for one in held)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Take in key and value [B, G, N, D], then attend from query [B, H, N, D] to all that is kept.
-
-        mask: bool, broadcast to [B, H, N, first slots in use]; True is seen, and so are slots behind its end.
-        Once some were given up, a mask can speak of the plan's prefix only.
-        Returns [B, H, N, D]. Raises InputError for more new positions than there are free slots.
-        """
-        keys, values = self.take_in(key, value)
-        if mask is None and query.shape[2] > 1:
-            past = torch.arange(keys.shape[2], device=query.device)
-            mask = past <= past[-query.shape[2] :, None]
-        elif mask is not None and mask.shape[-1] < keys.shape[2]:
-            mask = functional.pad(mask, (0, keys.shape[2] - mask.shape[-1]), value=True)
-        if self._rule is not None and self._rule.needs_weights:
-            return self._weigh(query, keys, values, mask)
-        rule = self._rule
-        if self._kernel == "triton" and query.shape[2] == 1:
-            return self._fused(query, keys, values, mask, rule if isinstance(rule, Redundancy) else None)
-        return functional.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, enable_gqa=query.shape[1] != keys.shape[1]
-        )
-
     def take_in(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write key and value [B, G, N, D], giving up others where need be; returns what is kept, as views.
+        """`LayerSlots.take_in` of the only layer."""
+        (layer,) = self.layers
+        return layer.take_in(key, value)
 
-        Raises InputError for more new positions than there are free slots.
+    def make_room(self, new: int) -> None:
+        """Count `new` positions in, giving up others where need be; their slots are the last ones in use.
+
+        Raises InputError for more new positions than there are free slots, but for a single one where
+        something may be given up.
         """
-        new = key.shape[2]
         room = self.plan.slots - self.filled
         if new > room:
-            if new > 1 or self._rule is None:
+            if new > 1 or self.rule is None:
                 raise InputError(
                     f"{new} new positions for a cache with {room} of {self.plan.slots} slots free; "
                     "a prompt has to fit, and an image has to end; choose a larger budget"
                 )
             self._give_up(min(self.plan.cadence, self._candidates()))
         start, end = self.filled, self.filled + new
-        self.keys[:, :, start:end] = key
-        self.values[:, :, start:end] = value
-        if self._rule is not None:
-            self.positions[:, :, start:end] = torch.arange(self.seen, self.seen + new, device=key.device)
+        if self.rule is not None:
+            self.positions[:, :, start:end] = torch.arange(
+                self.seen, self.seen + new, device=self.positions.device
+            )
         self.seen, self.filled = self.seen + new, end
-        return self.keys[:, :, :end], self.values[:, :, :end]
 
     def _candidates(self) -> int:
         """How many slots may be given up before the next position comes."""
         return self.filled - self.plan.prefix - (self.plan.window - 1)
 
     def _give_up(self, count: int) -> None:
-        assert self._rule is not None
+        assert self.rule is not None
         positions = self.positions[:, :, : self.filled]
         candidates = (positions >= self.plan.prefix) & (positions <= self.seen - self.plan.window)
-        worth = self._rule.worth(self)
+        worth = self.rule.worth(self)
         slots = worth.masked_fill(~candidates, torch.inf).topk(count, largest=False).indices
         if self.plan.offload:
             self._offload(slots)
@@ -135,7 +127,7 @@ class SlotCache:
         last = torch.arange(self.filled - count, self.filled, device=slots.device).expand_as(slots)
         goes = (last.unsqueeze(-1) == slots.unsqueeze(-2)).any(dim=-1)
         source = last.gather(2, goes.int().argsort(dim=-1, stable=True))
-        self._rule.gave_up(self, slots, source)
+        self.rule.gave_up(self, slots, source)
         self.positions.scatter_(2, slots, self.positions.gather(2, source))
         into, outof = self._index(slots), self._index(source)
         self.keys.scatter_(2, into, self.keys.gather(2, outof))
@@ -152,43 +144,84 @@ class SlotCache:
         gone = (self.positions.gather(2, slots), self.keys.gather(2, index), self.values.gather(2, index))
         self.offloaded.append((gone[0].cpu(), gone[1].cpu(), gone[2].cpu()))
 
-    def _weigh(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+
+class LayerSlots:
+    """One layer's part of a `SlotCache`; see `gpt.LayerCache`."""
+
+    def __init__(self, cache: SlotCache, layer: int, sequences: int) -> None:
+        self._cache, self._first = cache, layer == 0
+        self._rows = slice(layer * sequences, (layer + 1) * sequences)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Take in key and value [B, G, N, D], then attend from query [B, H, N, D] to all that is kept.
+
+        mask: bool, broadcast to [B, H, N, first slots in use]; True is seen, and so are slots behind its end.
+        Once some were given up, a mask can speak of the plan's prefix only.
+        Returns [B, H, N, D]. Raises InputError for more new positions than there are free slots.
+        """
+        keys, values = self.take_in(key, value)
+        if mask is None and query.shape[2] > 1:
+            past = torch.arange(keys.shape[2], device=query.device)
+            mask = past <= past[-query.shape[2] :, None]
+        elif mask is not None and mask.shape[-1] < keys.shape[2]:
+            mask = functional.pad(mask, (0, keys.shape[2] - mask.shape[-1]), value=True)
+        rule = self._cache.rule
+        if rule is not None and rule.needs_weights:
+            return self._weigh(query, keys, values, mask, rule)
+        if self._cache.kernel == "triton" and query.shape[2] == 1:
+            return self._fused(query, keys, values, mask)
+        return functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, enable_gqa=query.shape[1] != keys.shape[1]
+        )
+
+    def take_in(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write key and value [B, G, N, D]; returns what is kept, [B, G, slots in use, D], as views.
+
+        Raises InputError for more new positions than there are free slots.
+        """
+        cache, new = self._cache, key.shape[2]
+        if self._first:
+            cache.make_room(new)
+        end = cache.filled
+        keys, values = cache.keys[self._rows], cache.values[self._rows]
+        keys[:, :, end - new : end] = key
+        values[:, :, end - new : end] = value
+        return keys[:, :, :end], values[:, :, :end]
+
+    def _weigh(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, rule: Rule) -> Tensor:
         """Attention by its parts, as the rule asks for the weights."""
-        assert self._rule is not None
         groups = query.shape[1] // keys.shape[1]
         scores = query @ keys.repeat_interleave(groups, dim=1).transpose(-1, -2) * query.shape[-1] ** -0.5
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         weights = scores.float().softmax(dim=-1)
-        self._rule.observe(self, weights)
+        rule.observe(self._cache, self._rows, weights)
         out: Tensor = weights.to(values.dtype) @ values.repeat_interleave(groups, dim=1)
         return out
 
-    def _fused(
-        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, rule: Redundancy | None
-    ) -> Tensor:
+    def _fused(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """Attention of one position; before a choice also the products of ADSA, from the same pass."""
         from proteus_deploy.kernels.decode_attention import fused_decode_attention
 
-        chooses_next = rule is not None and self.filled == self.plan.slots
-        direction = None
-        if rule is not None and chooses_next:
-            direction = rule.join(self)
+        cache, direction = self._cache, None
+        rule = cache.rule if isinstance(cache.rule, Redundancy) else None
+        if rule is not None and rule.can_look_ahead(cache):
+            direction = rule.join(cache)[self._rows]
         out, similarity = fused_decode_attention(
             query[:, :, 0],
             keys,
             values,
-            self.filled,
+            cache.filled,
             direction,
             mask=None if mask is None else mask[:, 0, 0].expand(len(query), -1),
         )
-        if rule is not None:
-            rule.similarity = similarity
+        if rule is not None and similarity is not None:
+            rule.found(cache, self._rows, similarity)
         attended: Tensor = out.unsqueeze(2)
         return attended
 
 
-def make_caches(
+def make_cache(
     config: GptConfig,
     plan: CachePlan,
     sequences: int,
@@ -196,18 +229,15 @@ def make_caches(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     kernel: str = "torch",
-) -> list[SlotCache]:
-    """A cache for each layer of LlamaGen's decoder; with guidance, both halves count as sequences."""
-    return [
-        SlotCache(
-            plan,
-            sequences,
-            config.kv_heads,
-            config.head_dim,
-            layer=layer,
-            dtype=dtype,
-            device=device,
-            kernel=kernel,
-        )
-        for layer in range(config.n_layer)
-    ]
+) -> SlotCache:
+    """The cache of all layers of LlamaGen's decoder; with guidance, both halves count as sequences."""
+    return SlotCache(
+        plan,
+        sequences,
+        config.kv_heads,
+        config.head_dim,
+        layers=config.n_layer,
+        dtype=dtype,
+        device=device,
+        kernel=kernel,
+    )

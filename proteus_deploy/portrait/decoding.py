@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from proteus_deploy.errors import Cancelled, InputError
-from proteus_deploy.portrait.cache import SlotCache, make_caches
+from proteus_deploy.portrait.cache import make_cache
 from proteus_deploy.portrait.gpt import Gpt
 from proteus_deploy.portrait.plan import CacheSettings
 from proteus_deploy.portrait.sampling import Sampling, draw_token, guide
@@ -53,9 +53,10 @@ class Decoding:
         self.position = config.cls_token_num
         plan = cache.plan(self._prompt.shape[1], config.block_size, config.grid_size)
         dtype = gpt.tok_embeddings.weight.dtype
-        self.caches: list[SlotCache] = make_caches(
+        self.cache = make_cache(
             config, plan, len(condition), dtype=dtype, device=self._prompt.device, kernel=kernel
         )
+        self._layers = self.cache.layers
 
     @torch.no_grad()
     def prefill(self) -> Tensor:
@@ -68,7 +69,7 @@ class Decoding:
             itself = torch.eye(count, dtype=torch.bool, device=self._valid.device)
             mask = ((before & self._valid[:, None]) | itself).unsqueeze(1)
         rotary = self.gpt.rotary[self.position - count : self.position]
-        logits: Tensor = self.gpt(self._prompt, rotary, self.caches, mask)
+        logits: Tensor = self.gpt(self._prompt, rotary, self._layers, mask)
         return logits[:, -1]
 
     @torch.no_grad()
@@ -78,7 +79,7 @@ class Decoding:
             tokens = torch.cat([tokens, tokens])
         rotary = self.gpt.rotary[self.position : self.position + 1]
         mask = None if self._valid is None else self._valid[:, None, None]
-        logits: Tensor = self.gpt(self.gpt.tok_embeddings(tokens).unsqueeze(1), rotary, self.caches, mask)
+        logits: Tensor = self.gpt(self.gpt.tok_embeddings(tokens).unsqueeze(1), rotary, self._layers, mask)
         self.position += 1
         return logits[:, -1]
 

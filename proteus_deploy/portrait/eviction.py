@@ -1,7 +1,7 @@
 """The rules by which a full cache chooses what to give up; `plan.POLICIES` names them.
 
-Axes: B sequences, R rows of choices (1, or one for each head of keys), S slots, G heads of keys and values,
-D head size.
+Axes: B sequences of all layers, R rows of choices (1, or one for each head of keys), S slots, E slots that
+are given up, G heads of keys and values, D head size.
 
 A rule gives each slot a worth; the slots with the least go. Rules see a cache and keep what they add up over
 the steps themselves.
@@ -9,6 +9,7 @@ the steps themselves.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,11 +31,15 @@ class Rule:
         """[B, R, slots in use]; before a new position comes in."""
         raise NotImplementedError
 
-    def observe(self, cache: SlotCache, weights: Tensor) -> None:
-        """Attention weights [B, H, N, slots in use] of a step, for rules that say they need them."""
+    def observe(self, cache: SlotCache, sequences: slice, weights: Tensor) -> None:
+        """Attention weights [sequences, H, N, slots in use] of a layer, for rules that say they need them."""
 
     def gave_up(self, cache: SlotCache, slots: Tensor, source: Tensor) -> None:
         """Slots [B, R, E] are about to hold what the slots `source` [B, R, E] hold."""
+
+    def tensors(self) -> Iterable[Tensor]:
+        """What the rule adds up over the steps."""
+        return ()
 
 
 class Redundancy(Rule):
@@ -51,8 +56,7 @@ class Redundancy(Rule):
         self._count = 0
         self.direction: Tensor | None = None  # [B, G, D], float32
         self.inverse_norms: Tensor | None = None  # [B, R, S], float32
-        # What a fused kernel has found on its way through the values; used once.
-        self.similarity: Tensor | None = None
+        self._similarity: Tensor | None = None  # [B, R, S], found ahead by a fused kernel and used once
 
     def join(self, cache: SlotCache) -> Tensor:
         """Add values of positions that the next one pushes out of the window; returns the sum [B, G, D]."""
@@ -76,11 +80,27 @@ class Redundancy(Rule):
     def worth(self, cache: SlotCache) -> Tensor:
         direction = self.join(cache)
         assert self.inverse_norms is not None
-        similarity, self.similarity = self.similarity, None
+        similarity, self._similarity = self._similarity, None
         if similarity is None:
             similarity = _value_similarity(cache.values[:, :, : cache.filled], direction, cache.rows)
         cosine = similarity * self.inverse_norms[..., : cache.filled]
         return (1 - cosine) / max(1, self._count - 1)
+
+    def can_look_ahead(self, cache: SlotCache) -> bool:
+        """Whether the next position makes a choice that the values kept now suffice for.
+
+        With a window of 1 it doesn't: the newest values, which layers get one after the other, would count.
+        """
+        return cache.filled == cache.plan.slots and cache.plan.window > 1 and cache.rows == 1
+
+    def found(self, cache: SlotCache, sequences: slice, similarity: Tensor) -> None:
+        """Products [sequences, slots in use] of a layer's values with the direction, for the next choice."""
+        if self._similarity is None:
+            self._similarity = torch.zeros(cache.positions.shape, device=similarity.device)
+        self._similarity[sequences, 0, : cache.filled] = similarity
+
+    def tensors(self) -> Iterable[Tensor]:
+        return [one for one in (self.direction, self.inverse_norms, self._similarity) if one is not None]
 
     def gave_up(self, cache: SlotCache, slots: Tensor, source: Tensor) -> None:
         assert self.direction is not None
@@ -166,11 +186,14 @@ class _Attention(Rule):
         assert self._got is not None
         return self._got[..., : cache.filled]
 
-    def observe(self, cache: SlotCache, weights: Tensor) -> None:
+    def observe(self, cache: SlotCache, sequences: slice, weights: Tensor) -> None:
         if self._got is None:
             self._got = torch.zeros(cache.positions.shape, device=weights.device)
         got = weights.float().sum(dim=2).unflatten(1, (cache.rows, -1)).sum(dim=2)
-        self._got[..., : got.shape[-1]] += got
+        self._got[sequences, :, : got.shape[-1]] += got
+
+    def tensors(self) -> Iterable[Tensor]:
+        return [] if self._got is None else [self._got]
 
     def gave_up(self, cache: SlotCache, slots: Tensor, source: Tensor) -> None:
         assert self._got is not None
@@ -178,14 +201,14 @@ class _Attention(Rule):
         self._got[..., cache.filled - slots.shape[-1] :] = 0
 
 
-def make_rule(plan: CachePlan, layer: int) -> Rule | None:
-    """The rule of a layer's cache; None for "dense"."""
+def make_rule(plan: CachePlan) -> Rule | None:
+    """The rule of a plan; None for "dense"."""
     if plan.policy == "adsa":
         return Redundancy(keep_seen=plan.redundancy == "seen")
     if plan.policy == "sink-window":
         return _Oldest()
     if plan.policy == "random":
-        return _Random(1000 * plan.seed + layer)
+        return _Random(plan.seed)
     if plan.policy == "uniform":
         return _Uniform()
     if plan.policy == "attention":

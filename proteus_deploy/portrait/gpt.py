@@ -9,6 +9,7 @@ queries and keys are zero vectors, every later query sees them with the logit 0,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 import torch
@@ -51,7 +52,7 @@ class Gpt(nn.Module):
         self,
         embeddings: Tensor,
         rotary: Tensor,
-        caches: list[LayerCache] | None = None,
+        caches: Sequence[LayerCache] | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, N, vocabulary], float32, of what follows each position.

@@ -74,7 +74,7 @@ class CacheSettings:
     condition's among them. The other fields are `CachePlan`'s.
     prefix: first tokens of the image that stay, beside the whole condition; by default 5%, which set palette
     and style. window: by default two rows and one, so that the token above the next one is inside.
-    cadence: by default a sixty-fourth of the slots.
+    cadence: by default a thirty-second of the slots.
 
     Raises InputError for a share outside (0, 1].
     """
@@ -110,7 +110,7 @@ class CacheSettings:
             slots=slots,
             prefix=condition + prefix,
             window=_WINDOW_ROWS * grid_size + 1 if self.window is None else self.window,
-            cadence=max(1, slots // 64) if self.cadence is None else self.cadence,
+            cadence=max(1, slots // 32) if self.cadence is None else self.cadence,
             scope=self.scope,
             redundancy=self.redundancy,
             offload=self.offload,
