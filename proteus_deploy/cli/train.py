@@ -36,7 +36,11 @@ _VIDEO_FLAGS = ("num_frames", "height", "width", "frame_stride")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
     parser.add_argument("checkpoint", type=Path, nargs="?", metavar="CHECKPOINT", help="what to train on")
-    parser.add_argument("--preset", choices=("tiny",), help="make the tiny model, all of it, from nothing")
+    parser.add_argument(
+        "--preset",
+        choices=("tiny", "tiny-portrait"),
+        help="make the tiny model, all of it, from nothing; or the tiny portrait model",
+    )
     parser.add_argument(
         "--data",
         metavar="PATH",
@@ -142,12 +146,14 @@ def _train(arguments: argparse.Namespace, report: Report, cancel: Event) -> int:
 
 def _preset(arguments: argparse.Namespace, report: Report, cancel: Event) -> int:
     from proteus_deploy.training.tiny_model.preset import train_tiny_model
+    from proteus_deploy.training.tiny_portrait.preset import train_tiny_portrait
 
     if arguments.checkpoint is not None:
         raise InputError("--preset makes its own checkpoint; leave CHECKPOINT out")
     if given := _flags_beside_preset(arguments):
         raise InputError(f"--preset is a whole recipe of its own; leave {', '.join(given)} out")
-    folder = train_tiny_model(arguments.output_dir, report=report, cancel=cancel)
+    train = train_tiny_model if arguments.preset == "tiny" else train_tiny_portrait
+    folder = train(arguments.output_dir, report=report, cancel=cancel)
     if arguments.json:
         print_json({"checkpoint": str(folder)})
     else:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from proteus_deploy.portrait.config import GptConfig, VqConfig
+from proteus_deploy.portrait.plan import CacheSettings
+from proteus_deploy.portrait.sampling import Sampling
 
-__all__ = ["GPT", "SIDE", "VQ"]
+__all__ = ["CACHE", "GPT", "SAMPLING", "SIDE", "VQ"]
 
 SIDE = 128  # pixels
 
@@ -27,3 +29,7 @@ GPT = GptConfig(
     vocab_size=VQ.codebook_size,
     block_size=(SIDE // VQ.downsample) ** 2,
 )
+
+# Chosen on people that are neither trained on nor measured; see docs/portrait.md.
+SAMPLING = Sampling(guidance_scale=2.0, temperature=1.0, top_k=0)
+CACHE = CacheSettings("adsa", 0.5)
