@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from proteus_deploy.errors import CheckpointError
 from proteus_deploy.tokens import Tokenizer
@@ -16,7 +16,7 @@ from proteus_deploy.weights import SafetensorsFolder, read_json
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
 __all__ = ["CaptionEncoder"]
 
@@ -78,6 +78,18 @@ class CaptionEncoder:
             raise CheckpointError(f"{self._folder} doesn't fit its own config.json: {error}") from error
         return encoder.requires_grad_(False).train(False).to(self._device)
 
+    @property
+    def network(self) -> nn.Module:
+        """transformers' T5EncoderModel, float32."""
+        return cast("nn.Module", self._encoder)
+
+    def encode(self, ids: Tensor) -> Tensor:
+        """Features float32 [1, N, W] of the token ids int64 [1, N] of one caption."""
+        import torch
+
+        with torch.no_grad():
+            return cast("Tensor", self._encoder(input_ids=ids).last_hidden_state)
+
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Features float32 [B, P, W] and which of the positions hold some, bool [B, P].
 
@@ -91,7 +103,6 @@ class CaptionEncoder:
         for row, caption in enumerate(captions):
             ids, mask = self._tokenizer(caption.strip().lower(), self._length)
             ids = ids[:, mask[0].bool()].to(self._device)
-            with torch.no_grad():
-                features[row, -ids.shape[1] :] = self._encoder(input_ids=ids).last_hidden_state[0]
+            features[row, -ids.shape[1] :] = self.encode(ids)[0]
             valid[row, -ids.shape[1] :] = True
         return features, valid

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from threading import Event
+from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -18,15 +19,16 @@ from proteus_deploy.portrait.plan import CacheSettings
 from proteus_deploy.portrait.sampling import Sampling, draw_token, guide
 from proteus_deploy.reporting import Report, no_report
 
-__all__ = ["Decoding", "draw_tokens"]
+__all__ = ["Decoding", "Steps", "choose_seeds", "draw_tokens", "run_decoding"]
 
 
 class Decoding:
     """Decoding of a batch, position by position; `draw_tokens` is the loop around it.
 
     condition: classes int64 [B], or caption features [B, P, caption_dim]. valid: bool [B, P], the positions
-    of the condition that hold something; None for all. Padding that all images share at the front is left
-    out: nothing ever attends to it.
+    of the condition that hold something; None for all. trim: leave out padding that all images share at the
+    front, to which nothing ever attends. Without it the plan is made for all P positions, as in an exported
+    graph, whose sizes are fixed.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Decoding:
         *,
         guided: bool,
         kernel: str = "torch",
+        trim: bool = True,
     ) -> None:
         config = gpt.config
         if guided:
@@ -46,7 +49,7 @@ class Decoding:
         self.gpt, self.guided = gpt, guided
         self._prompt = gpt.embed_condition(condition)
         self._valid = valid
-        if valid is not None:
+        if valid is not None and trim:
             padding = config.cls_token_num - int(valid.any(dim=0).int().argmax()) if bool(valid.any()) else 0
             self._prompt, valid = self._prompt[:, -padding:], valid[:, -padding:]
             self._valid = None if bool(valid.all()) else valid
@@ -101,15 +104,43 @@ def draw_tokens(
     seeds: one for each image, in place of `sampling.seed` and those that follow it.
     Raises InputError where the seeds don't match, Cancelled between two tokens once `cancel` is set.
     """
-    count = len(condition)
+    seeds = choose_seeds(sampling, len(condition), seeds)
+    decoding = Decoding(gpt, cache, condition, valid, guided=sampling.guidance_scale > 1, kernel=kernel)
+    return run_decoding(decoding, sampling, seeds, gpt.config.block_size, report=report, cancel=cancel)
+
+
+class Steps(Protocol):
+    """What `run_decoding` needs of a `Decoding`, whatever computes it."""
+
+    def prefill(self) -> Tensor: ...
+
+    def step(self, tokens: Tensor) -> Tensor: ...
+
+
+def choose_seeds(sampling: Sampling, count: int, seeds: Sequence[int] | None) -> Sequence[int]:
+    """A seed for each of `count` images. Raises InputError where those that were given are more or fewer."""
     seeds = range(sampling.seed, sampling.seed + count) if seeds is None else seeds
     if len(seeds) != count:
         raise InputError(f"{len(seeds)} seeds for {count} images; give one for each")
+    return seeds
+
+
+def run_decoding(
+    decoding: Steps,
+    sampling: Sampling,
+    seeds: Sequence[int],
+    total: int,
+    *,
+    report: Report = no_report,
+    cancel: Event | None = None,
+) -> Tensor:
+    """Tokens int64 [B, total], each drawn from the logits that the ones before it gave.
+
+    Raises Cancelled between two tokens once `cancel` is set.
+    """
     generators = [Generator().manual_seed(seed) for seed in seeds]
-    decoding = Decoding(gpt, cache, condition, valid, guided=sampling.guidance_scale > 1, kernel=kernel)
     logits = decoding.prefill()
     tokens = []
-    total = gpt.config.block_size
     while True:
         tokens.append(draw_token(guide(logits, sampling.guidance_scale), sampling, generators))
         report("portrait", len(tokens), total)
