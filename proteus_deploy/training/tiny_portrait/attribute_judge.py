@@ -103,4 +103,4 @@ def _worn(images: Tensor, generator: Generator) -> Tensor:
 
 
 def _images(photos: NDArray[np.uint8]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(photos)).permute(0, 3, 1, 2).contiguous().float() / 255.0
+    return torch.from_numpy(np.array(photos)).permute(0, 3, 1, 2).contiguous().float() / 255.0
