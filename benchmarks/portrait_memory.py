@@ -1,11 +1,11 @@
-"""How many images a fixed memory holds at once with a sparse cache and with a dense one, and how fast they come.
+"""How many images a fixed memory holds at once with a sparse cache and a dense one, and how fast they come.
 
     python -m proteus_deploy.benchmarks.portrait_memory --memory-gib 4 --json FILE
 
-Random weights of a published size on a grid of 32 x 32 tokens, with guidance. Each batch runs in a process of
-its own that is ended once it holds more than the limit. Batches double until one doesn't fit, then the largest
-that does is found by halving. Throughput is that of whole images: the mean time of a step over four lengths of
-the cache, an eighth to seven eighths of the image, each with so many steps that a choice is among them.
+Random weights of a published size on a grid of 32 x 32 tokens, with guidance. Each batch runs in a process
+of its own that is ended once it holds more than the limit. Batches double until one doesn't fit; the largest
+that does is found by halving. Throughput is that of whole images: the mean time of a step over four lengths
+of the cache, an eighth to seven eighths of the image, with so many steps each that a choice is among them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--json FILE is missing")
     check_writable(given.json)
     limit = int(given.memory_gib * 2**30)
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, one in (("dense", DENSE), (given.policy, settings)):
         search = _Search(given.size, name, given.budget, limit)
         rows[name] = {"cache": asdict(one), "images": search.largest(), "tried": search.tried}
