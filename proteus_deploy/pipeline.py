@@ -360,7 +360,25 @@ class Pipeline:
     def _start(
         self, requests: Sequence[GenerateRequest], watch: _Watch, initial_latents: Tensor | None
     ) -> LoopStart:
-        resolved = [resolve_request(request, self.config) for request in requests]
+        resolved = self._checked(requests)
+        shared = resolved[0]
+        watch.check()
+        stepper = Stepper(self._scheduler, shared.scheduler, shared.num_inference_steps)
+        condition = self._conditioner.prepare(resolved, stepper.timesteps, watch)
+        latents = self._initial_latents(resolved, condition.generators, initial_latents)
+        latents = latents * stepper.init_noise_sigma
+        scale = float(self._vae["scaling_factor"])
+        return LoopStart(resolved, self.config, scale, stepper, condition, latents)
+
+    def check(self, request: GenerateRequest) -> GenerateRequest:
+        """The request with every field filled in, before any work; raises InputError as `generate` would.
+
+        Its photo isn't opened.
+        """
+        return self._checked([request], warn=False)[0]
+
+    def _checked(self, requests: Sequence[GenerateRequest], *, warn: bool = True) -> list[GenerateRequest]:
+        resolved = [resolve_request(request, self.config, warn=warn) for request in requests]
         shared = _common_settings(resolved)
         if self.backend.checks_ranges:
             check_ranges(shared, len(resolved), self.backend.table, self.config.backbone)
@@ -371,13 +389,7 @@ class Pipeline:
                     "control was given, and there is no control network here; open the checkpoint with "
                     "controlnet=FOLDER, or export the bundle with --controlnet FOLDER"
                 )
-        watch.check()
-        stepper = Stepper(self._scheduler, shared.scheduler, shared.num_inference_steps)
-        condition = self._conditioner.prepare(resolved, stepper.timesteps, watch)
-        latents = self._initial_latents(resolved, condition.generators, initial_latents)
-        latents = latents * stepper.init_noise_sigma
-        scale = float(self._vae["scaling_factor"])
-        return LoopStart(resolved, self.config, scale, stepper, condition, latents)
+        return resolved
 
     @torch.inference_mode()
     def preview(self, event: StepEvent, row: int = 0) -> NDArray[np.uint8]:

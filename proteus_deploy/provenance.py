@@ -1,8 +1,9 @@
-"""A mark in an mp4 that says that a machine made it, where tools look for it.
+"""A mark in an mp4 or PNG that says that a machine made it, where tools look for it.
 
-An XMP packet (ISO 16684-1) in a `uuid` box at the end of the file, as Adobe's XMP specification, part 3, has
-it for MPEG-4. It holds IPTC's digital source type "trainedAlgorithmicMedia", the term that C2PA's actions use
-too. It isn't signed: it informs, and proves nothing.
+An XMP packet (ISO 16684-1) where Adobe's XMP specification, part 3, has it: for MPEG-4 in a `uuid` box at the
+end of the file, for a PNG in a text chunk (reference_portrait.py). It holds IPTC's digital source type
+"trainedAlgorithmicMedia", the term that C2PA's actions use too. It isn't signed: it informs, and proves
+nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from xml.sax.saxutils import quoteattr
 
 from proteus_deploy.errors import InputError
 
-__all__ = ["GENERATED", "mark_generated", "source_type"]
+__all__ = ["GENERATED", "mark_generated", "source_type", "xmp_packet"]
 
 GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
@@ -32,13 +33,18 @@ _PACKET = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 _KIND = re.compile(rb'Iptc4xmpExt:DigitalSourceType="([^"]*)"')
 
 
-def mark_generated(path: str | Path) -> None:
-    """Append the mark to an mp4, in place. Raises InputError for a file that is no mp4 or has a mark."""
+def xmp_packet() -> str:
+    """The mark itself."""
     from proteus_deploy import __version__
 
+    return _PACKET.format(tool=quoteattr(f"proteus-deploy {__version__}"), kind=GENERATED)
+
+
+def mark_generated(path: str | Path) -> None:
+    """Append the mark to an mp4, in place. Raises InputError for a file that is no mp4 or has a mark."""
     if source_type(path) is not None:
         raise InputError(f"{path} is marked already")
-    packet = _PACKET.format(tool=quoteattr(f"proteus-deploy {__version__}"), kind=GENERATED).encode()
+    packet = xmp_packet().encode()
     with Path(path).open("ab") as stream:
         stream.write(struct.pack(">I", 8 + len(_XMP) + len(packet)) + b"uuid" + _XMP + packet)
 

@@ -96,10 +96,12 @@ class GenerateRequest:
 _NOT_JSON = {"photo", "identity", "condition_image", "plan", "adapters", "control", "metadata"}
 
 
-def resolve_request(request: GenerateRequest, config: TransformerConfig) -> GenerateRequest:
+def resolve_request(
+    request: GenerateRequest, config: TransformerConfig, *, warn: bool = True
+) -> GenerateRequest:
     """Fill the None fields from the checkpoint, check every value and make numpy's numbers Python's.
 
-    Warns (logging) when the published decoder will give another number of frames than asked for.
+    warn: log it when the published decoder will give another number of frames than asked for.
     Raises InputError naming the field, its value, the rule and what would do.
     """
     if not isinstance(request, GenerateRequest):
@@ -127,7 +129,8 @@ def resolve_request(request: GenerateRequest, config: TransformerConfig) -> Gene
     _check_plan(filled)
     filled = replace(filled, adapters=_checked_adapters(filled.adapters))
     filled = replace(filled, control=_checked_control(filled.control))
-    _warn_of_extra_frames(filled, config)
+    if warn:
+        _warn_of_extra_frames(filled, config)
     return filled
 
 

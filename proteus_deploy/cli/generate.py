@@ -1,4 +1,4 @@
-"""`proteus-deploy generate`: a video from a photo and a prompt."""
+"""`proteus-deploy generate`: a video from a prompt and a photo, or a portrait that is drawn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from proteus_deploy._files import check_writable
 from proteus_deploy.cli.adapter_flags import adapters_of, add_adapter_argument
 from proteus_deploy.cli.control_flags import add_control_arguments, add_controlnet_argument, control_of
 from proteus_deploy.cli.output import print_json, print_table
-from proteus_deploy.cli.paths import kind_of, open_bundle
+from proteus_deploy.cli.paths import Kind, kind_of, open_bundle
+from proteus_deploy.cli.portrait_flags import (
+    add_portrait_arguments,
+    check_portrait_arguments,
+    draw_photo,
+    portrait_record,
+)
 from proteus_deploy.cli.quantize_flags import add_quantize_arguments, quantizer_of
 from proteus_deploy.cli.video_progress import VideoProgress, cancel_on_interrupt
 from proteus_deploy.errors import BackendError, InputError
@@ -22,7 +28,7 @@ if TYPE_CHECKING:
     from proteus_deploy.request import GenerateRequest
 
 NAME = "generate"
-HELP = "make an mp4 of the person in a photo, from a bundle or a checkpoint"
+HELP = "make an mp4 of a person, by a photo or in words, from a bundle or a checkpoint"
 
 _BUNDLE_BACKENDS = ("onnxruntime", "openvino", "tensorrt", "aotinductor")
 _CHECKPOINT_BACKENDS = ("eager", "compiled")
@@ -32,7 +38,9 @@ _RANDOM = "random"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
     parser.add_argument("path", type=Path, metavar="BUNDLE_OR_CHECKPOINT")
-    parser.add_argument("--photo", type=Path, required=True, help="reference photo of the person")
+    person = parser.add_mutually_exclusive_group(required=True)
+    person.add_argument("--photo", type=Path, help="reference photo of the person")
+    add_portrait_arguments(parser, person)
     parser.add_argument("--prompt", required=True, help="what happens in the video")
     parser.add_argument("--identity-prompt", default="", help="what the person looks like")
     parser.add_argument("--negative-prompt", help="what to stay away from")
@@ -82,7 +90,7 @@ def _add_video_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--seed",
-        type=_seed,
+        type=seed_or_random,
         default=42,
         help=f"whole number, or '{_RANDOM}' to have one drawn (default: %(default)s)",
     )
@@ -98,7 +106,8 @@ def _add_video_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _seed(text: str) -> int | None:
+def seed_or_random(text: str) -> int | None:
+    """A number, or None for 'random'. Raises ArgumentTypeError, which argparse shows."""
     if text == _RANDOM:
         return None
     try:
@@ -113,11 +122,13 @@ def run(arguments: argparse.Namespace) -> int:
         kind = kind_of(arguments.path)
         _check_files(arguments)
         check_writable(arguments.output)  # now, and not after hours of work
+        check_portrait_arguments(kind, arguments)
         request = _request(arguments)
         if not arguments.identity_prompt:
             print("no --identity-prompt: the person's look comes from the photo alone", file=sys.stderr)
         with _open(kind, arguments) as pipeline:
             started_s = time.perf_counter()
+            request, portrait = draw_photo(pipeline, request, arguments, cancel)
             with VideoProgress(request.num_inference_steps) as progress:
                 video = pipeline.generate(
                     request, on_step=progress.on_step, on_progress=progress.on_progress, cancel=cancel
@@ -140,6 +151,7 @@ def run(arguments: argparse.Namespace) -> int:
         "source": kind,
         "num_inference_steps": request.num_inference_steps,
         "steps": video.metadata.get("steps"),
+        "portrait": portrait_record(portrait, arguments),
         "seconds": round(seconds, 3),
     }
     _print(document, arguments)
@@ -149,7 +161,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _check_files(arguments: argparse.Namespace) -> None:
     """Everything about files that can be known before the networks are loaded."""
     photo, output, frames = arguments.photo, arguments.output, arguments.frames_dir
-    if not photo.is_file():
+    if photo is not None and not photo.is_file():
         raise InputError(f"{photo} is not a file; --photo takes the reference photo of the person")
     if output.suffix.lower() != ".mp4":
         raise InputError(
@@ -189,7 +201,7 @@ def _request(arguments: argparse.Namespace) -> GenerateRequest:
     )
 
 
-def _open(kind: str, arguments: argparse.Namespace) -> Pipeline:
+def _open(kind: Kind, arguments: argparse.Namespace) -> Pipeline:
     """The pipeline on the backend asked for, or on the default one of `kind`."""
     from proteus_deploy.pipeline import Pipeline
 
@@ -241,6 +253,13 @@ def _steps(document: dict[str, Any]) -> str:
     return str(total) if under_plan is None else f"{total}, {len(under_plan['computed'])} of them computed"
 
 
+def _portrait_rows(portrait: dict[str, Any] | None) -> list[tuple[str, object]]:
+    if portrait is None:
+        return []
+    file = f", {portrait['file']}" if portrait["file"] else ""
+    return [("portrait", f"seed {portrait['seed']}{file}")]
+
+
 def _print(document: dict[str, Any], arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(document)
@@ -251,6 +270,7 @@ def _print(document: dict[str, Any], arguments: argparse.Namespace) -> None:
         ("size", f"{document['width']}x{document['height']}"),
         ("fps", f"{document['fps']:g}"),
         ("seed", str(document["seed"])),
+        *_portrait_rows(document["portrait"]),
         ("steps", _steps(document)),
         ("backend", f"{document['backend']}, {document['dtype']}{default}"),
         ("seconds", f"{document['seconds']:.1f}"),

@@ -28,6 +28,7 @@ COMMAND_MODULES = (
     "build",
     "verify",
     "generate",
+    "portrait",
     "serve",
     "bench",
     "tune",

@@ -110,12 +110,13 @@ class PhaseProgress:
     """Turns `report(phase, done, total)` calls into one Progress after another.
 
     Phases may be of unknown number; a new name closes the one before it. Use as a context manager and
-    pass the object itself as the callback.
+    pass the object itself as the callback. unit: singular word for a piece of every phase.
     """
 
-    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
+    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None, unit: str = "part") -> None:
         self._quiet = quiet
         self._stream = stream
+        self._unit = unit
         self._phase: str | None = None
         self._current: Progress | None = None
 
@@ -137,7 +138,7 @@ class PhaseProgress:
             self.__exit__(None, None, None)
             self._phase = phase
             self._current = Progress(
-                phase, total, unit="part", quiet=self._quiet, stream=self._stream
+                phase, total, unit=self._unit, quiet=self._quiet, stream=self._stream
             ).__enter__()
         if self._current is not None and done > self._current.done:
             self._current.advance(done - self._current.done)

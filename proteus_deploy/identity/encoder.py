@@ -114,9 +114,17 @@ class IdentityEncoder:
         largest. The same photo gives the same bytes.
         Raises PhotoError when the photo can't be read or has no usable face.
         """
+        return self.encode_face(*self.find_face(photo, face_index=face_index))
+
+    def find_face(
+        self,
+        photo: str | Path | bytes | PIL.Image.Image | NDArray[np.generic],
+        *,
+        face_index: int | None = None,
+    ) -> tuple[NDArray[np.uint8], Face]:
+        """The photo as `encode` looks at it, RGB uint8 [H, W, 3], and the face in it; arguments as there."""
         image = limit_long_edge(open_photo(photo))
-        face = self.detector.choose(self.detector.detect(image), face_index)
-        return self.encode_face(image, face)
+        return image, self.detector.choose(self.detector.detect(image), face_index)
 
     @torch.no_grad()
     def encode_face(self, image: NDArray[np.uint8], face: Face) -> tuple[IdentityFeatures, NDArray[np.uint8]]:
