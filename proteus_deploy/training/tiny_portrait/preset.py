@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["train_tiny_portrait"]
 
 _PHOTOS = 8_000  # of the tokenizer
-_PEOPLE = 24_000  # of the decoder, a photo each
+_PEOPLE = 16_000  # of the decoder, a photo each
 
 
 def train_tiny_portrait(
