@@ -119,5 +119,26 @@ def token_loss(gpt: Gpt, tokens: Tensor, features: Tensor, valid: Tensor) -> Ten
         before = torch.ones(length, length, dtype=torch.bool).tril()
         seen = functional.pad(valid, (0, length - prompt), value=True)
         mask = (before & seen[:, None]) | torch.eye(length, dtype=torch.bool)
-        logits = gpt(embedded, gpt.rotary[:length], mask=mask.unsqueeze(1))[:, prompt - 1 :]
+        attention = [_ProductAttention(mask, gpt.config.n_head)] * gpt.config.n_layer
+        logits = gpt(embedded, gpt.rotary[:length], attention)[:, prompt - 1 :]
     return functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+
+class _ProductAttention:
+    """Attention by two products and a softmax: with its gradient, half the time of PyTorch's own on a CPU.
+
+    mask: bool [B, N, N], True is seen.
+    """
+
+    def __init__(self, mask: Tensor, heads: int) -> None:
+        bias = torch.zeros(mask.shape, dtype=torch.bfloat16).masked_fill_(~mask, -torch.inf)
+        self._bias = bias.repeat_interleave(heads, dim=0)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """query, key, value [B, H, N, D] -> [B, H, N, D]; the mask is its own."""
+        assert mask is None
+        scale = query.shape[-1] ** -0.5
+        flat = [one.flatten(0, 1).bfloat16() for one in (query, key, value)]
+        weights = torch.baddbmm(self._bias, flat[0], flat[1].transpose(1, 2), alpha=scale).softmax(dim=-1)
+        out: Tensor = (weights @ flat[2]).unflatten(0, query.shape[:2])
+        return out
