@@ -32,7 +32,7 @@ from proteus_deploy.training.tiny_portrait.tokenizer import pixels_of
 __all__ = ["DECODER_SETTINGS", "EncodedPhotos", "encode_photos", "token_loss", "train_decoder"]
 
 DECODER_SETTINGS = FitSettings(
-    steps=4000,
+    steps=3200,
     learning_rate=2e-3,
     warmup=100,
     betas=(0.9, 0.95),
@@ -40,7 +40,7 @@ DECODER_SETTINGS = FitSettings(
     ema=0.998,
     optimiser="muon",
 )
-_BATCH = 32
+_BATCH = 24
 _NO_CAPTION = 0.1
 _CHUNK = 64
 _AT_ONCE = 8  # what the tokenizer sees; more take longer on a CPU
