@@ -6,12 +6,12 @@ import importlib.metadata
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from proteus_deploy._files import atomic_directory, write_json
-from proteus_deploy.bundle import Bundle, is_bundle, write_manifest
+from proteus_deploy.bundle import PORTRAIT, Bundle, is_bundle, write_manifest
 from proteus_deploy.checkpoint import Checkpoint
 from proteus_deploy.errors import CheckpointError, InputError
 from proteus_deploy.export.activation_statistics import ActivationStatistics
@@ -35,6 +35,9 @@ from proteus_deploy.runtime.backend import resolve_dtype, short_dtype
 from proteus_deploy.stage_table import ExportRanges, build_stage_table
 from proteus_deploy.stages import StageTable
 from proteus_deploy.tokens import Tokenizer
+
+if TYPE_CHECKING:
+    from proteus_deploy.portrait.checkpoint import PortraitCheckpoint
 
 # Above this many bytes of transformer weights a reference run on a CPU takes hours: it has to be asked for.
 AUTO_REFERENCE_LIMIT_BYTES = 2 << 30
@@ -61,6 +64,7 @@ def export_bundle(
     recipe: Recipe | None = None,
     statistics: ActivationStatistics | None = None,
     graphs_from: Bundle | None = None,
+    portrait: PortraitCheckpoint | None = None,
     report: Report = no_report,
 ) -> Bundle:
     """Write a bundle to `destination`, in one rename: it is there whole or not at all.
@@ -73,8 +77,10 @@ def export_bundle(
     statistics: of this checkpoint's activations, for recipes that read them; they go into the bundle.
     graphs_from: an earlier bundle of this checkpoint, dtype and ranges, whose graphs are copied where they
     would come out the same.
+    portrait: what draws a reference photo; a portrait bundle in float32 goes into the bundle.
     report(phase, done, total) is called as the work goes on.
-    Raises CheckpointError, InputError or BackendError.
+    Raises CheckpointError, InputError or BackendError, and CheckFailed where the portrait's graphs compute
+    something else than PyTorch.
     """
     require_onnx()
     precision = resolve_dtype(dtype)
@@ -82,8 +88,12 @@ def export_bundle(
     if scope not in ("video", "stages", "none"):
         raise InputError(f"reference {scope!r} is unknown; choose from auto, video, stages, none")
     _check_destination(destination, checkpoint.folder, overwrite=overwrite)
-    if checkpoint.controlnet is not None:
-        _check_destination(destination, checkpoint.controlnet.folder, overwrite=overwrite)
+    for other in (checkpoint.controlnet, portrait):
+        if other is not None:
+            _check_destination(destination, other.folder, overwrite=overwrite)
+    drawn = None if graphs_from is None else graphs_from.portrait
+    if portrait is not None:
+        _check_portrait(portrait, drawn)
     table = build_stage_table(checkpoint, ranges)
     if checkpoint.random_weights_seed is None:
         _try_tokenizer(checkpoint)
@@ -104,6 +114,8 @@ def export_bundle(
         if quantised is not None:
             quantised.save(folder)
         _copy_configs(checkpoint, folder)
+        if portrait is not None:
+            _export_portrait(portrait, folder / PORTRAIT, drawn, report)
         if scope != "none":
             _record(checkpoint, table, folder / "reference", scope, report)
         custom = sorted(name for name, record in graphs.items() if "custom_operators" in record)
@@ -121,10 +133,26 @@ def export_bundle(
                 "parity": parity,
             }
             | ({} if quantised is None else {"quantization": quantised.to_json()})
-            | ({"controlnet": {"hash": checkpoint.controlnet_hash}} if checkpoint.controlnet else {}),
+            | ({"controlnet": {"hash": checkpoint.controlnet_hash}} if checkpoint.controlnet else {})
+            | ({PORTRAIT: {"hash": portrait.hash}} if portrait else {}),
         )
     report("hash the checkpoint and the bundle", 1, 1)
     return Bundle.open(destination, hashes=False)
+
+
+def _check_portrait(portrait: PortraitCheckpoint, earlier: Path | None) -> None:
+    """Refuse, before any work, a cache that no graph can have and graphs that can't be reused."""
+    from proteus_deploy.export.portrait_onnx import check_portrait, check_reusable_portrait
+
+    check_portrait(portrait)
+    if earlier is not None:
+        check_reusable_portrait(earlier, portrait)
+
+
+def _export_portrait(portrait: PortraitCheckpoint, folder: Path, earlier: Path | None, say: Report) -> None:
+    from proteus_deploy.export.portrait_onnx import export_portrait
+
+    export_portrait(portrait, folder, graphs_from=earlier, report=say)
 
 
 def _check_destination(destination: Path, checkpoint: Path, *, overwrite: bool) -> None:
@@ -235,16 +263,21 @@ def _copy_configs(checkpoint: Checkpoint, folder: Path) -> None:
 
     for name, file in parts.items():
         write_json(folder / "config" / f"{name}.json", read_json(file))
-    (folder / "tokenizer").mkdir()
-    for name in _TOKENIZER_FILES:
-        if (source := checkpoint.tokenizer / name).is_file():
-            shutil.copyfile(source, folder / "tokenizer" / name)
+    copy_tokenizer(checkpoint.tokenizer, folder / "tokenizer")
     if checkpoint.face_encoder is not None:
         from proteus_deploy.identity.faces import PACK_FOLDER
 
         (folder / "face_encoder" / PACK_FOLDER).mkdir(parents=True)
         for source in sorted((checkpoint.face_encoder / PACK_FOLDER).glob("*.onnx")):
             shutil.copyfile(source, folder / "face_encoder" / PACK_FOLDER / source.name)
+
+
+def copy_tokenizer(source: Path, destination: Path) -> None:
+    """Copy what transformers reads a tokenizer from into the new folder `destination`."""
+    destination.mkdir()
+    for name in _TOKENIZER_FILES:
+        if (file := source / name).is_file():
+            shutil.copyfile(file, destination / name)
 
 
 def _record(

@@ -119,6 +119,7 @@ def verify_bundle(
 
     The reference is the one recorded in the bundle, or, given `checkpoint`, computed from it now. The
     backends eager and compiled run the checkpoint at the bundle's precision, so they need it.
+    A portrait in the bundle is compared with its own record where onnxruntime is among the backends.
     budget: JSON {check: tolerance} that replaces entries of the tolerance table.
     on_video: sees each backend's whole video; not called where none was recorded or the run ended in NaN.
     Raises BundleError, InputError or BackendError; figures outside their bounds are rows, not errors.
@@ -142,13 +143,19 @@ def verify_bundle(
         with pipeline:
             rows += _verify_stages(pipeline.backend, name, stages, tolerances, report)
             rows += _verify_video(pipeline, name, video, tolerances, on_video, report)
+    reasons = {check: entry.reason for check, entry in tolerances.items()}
+    if bundle.portrait is not None and "onnxruntime" in backends:
+        from proteus_deploy.export.portrait_verify import TOLERANCES_OF, verify_portrait
+
+        rows += verify_portrait(bundle.portrait, report=report)
+        reasons |= {check: entry.reason for check, entry in TOLERANCES_OF.items()}
     return VerificationReport(
         bundle=bundle.folder.name,
         dtype=bundle.dtype,
         rows=tuple(rows),
         versions=versions() | _backend_versions(backends),
         machine={"processor": platform.processor() or platform.machine(), "system": platform.system()},
-        reasons={check: entry.reason for check, entry in tolerances.items()},
+        reasons=reasons,
     )
 
 

@@ -5,6 +5,7 @@
     config/  tokenizer/  face_encoder/      what the pipeline needs besides the networks
     reference/                  inputs and outputs of the PyTorch reference, for `verify`
     calibration/                statistics of activations, of a quantised bundle whose recipe reads them
+    portrait/                   a portrait bundle, of an export with one: see portrait.onnx_bundle
     engines/<target>/           TensorRT engines with a manifest of their own, added by `build`
 
 `export` writes the folder in one rename and never touches it again; `build` adds one folder per target
@@ -29,6 +30,7 @@ from proteus_deploy.weights import read_json
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 ENGINES = "engines"
+PORTRAIT = "portrait"
 _FREE_FOLDERS = (ENGINES,)  # not part of the export; engines carry their own manifest
 _PIPELINE_FOLDERS = ("config", "tokenizer", "face_encoder")  # what the pipeline reads besides the networks
 _KIND = "proteus_deploy bundle"
@@ -130,6 +132,12 @@ class Bundle:
         """Of the control network that it was exported with; None without one."""
         record = self.manifest.get("controlnet")
         return record.get("hash") if isinstance(record, dict) else None
+
+    @property
+    def portrait(self) -> Path | None:
+        """The portrait bundle's folder; None where it was exported without, and in a copy of other files."""
+        folder = self.folder / PORTRAIT
+        return folder if PORTRAIT in self.manifest and folder.is_dir() else None
 
     def onnx_file(self, graph: str) -> Path:
         self.table.graph(graph)

@@ -146,6 +146,12 @@ TOLERANCES: Mapping[tuple[str, ...], Tolerance] = {
     ("batch", "latents"): Tolerance(
         1e-5, "relative", "matrix products of another batch size round differently, and nothing else changes"
     ),
+    ("portrait", "choice"): Tolerance(
+        1e-4,
+        "absolute",
+        "of mean cosine, by which what PyTorch gave up is less redundant than what the graph would give up: "
+        "float32 sums in another order",
+    ),
     ("vae", "frames"): Tolerance(
         1e-5, "absolute", "the same convolutions on the same chunks and tiles; only the blending is reordered"
     ),

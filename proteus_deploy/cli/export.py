@@ -34,6 +34,7 @@ _OF_THE_EXPORT = (
     "max_videos",
     "max_lora_rank",
     "controlnet",
+    "portrait",
     "reference",
     "identity_plugin",
     "quantize",
@@ -67,6 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave room for adapters whose ranks sum to R (0: none); see docs/adapters.md",
     )
     add_controlnet_argument(parser, "a control network to put beside the denoiser, for control videos")
+    parser.add_argument(
+        "--portrait",
+        type=Path,
+        metavar="DIR",
+        help="a portrait checkpoint that draws the reference photo from text; see docs/portrait.md",
+    )
     parser.add_argument(
         "--reference",
         choices=("auto", "video", "stages", "none"),
@@ -156,6 +163,7 @@ def _export(arguments: argparse.Namespace) -> Bundle:
     from proteus_deploy.cli.paths import open_bundle
     from proteus_deploy.cli.progress import PhaseProgress
     from proteus_deploy.export.export import export_bundle
+    from proteus_deploy.portrait.checkpoint import PortraitCheckpoint
     from proteus_deploy.stage_table import ExportRanges
 
     if arguments.output_dir is None:
@@ -170,6 +178,7 @@ def _export(arguments: argparse.Namespace) -> Bundle:
         controlnet=arguments.controlnet,
     )
     check_triton_source(arguments, checkpoint)
+    portrait = None if arguments.portrait is None else PortraitCheckpoint.open(arguments.portrait)
     ranges = ExportRanges(
         arguments.max_height,
         arguments.max_width,
@@ -189,6 +198,7 @@ def _export(arguments: argparse.Namespace) -> Bundle:
             recipe=recipe,
             statistics=statistics,
             graphs_from=earlier,
+            portrait=portrait,
             report=report,
         )
 
@@ -210,6 +220,8 @@ def _print_bundle(bundle: Bundle) -> None:
     print_table(["graph", "nodes", "MiB", "error under ONNX Runtime"], rows)
     if parity["status"] != "measured":
         print(f"parity was not measured: {parity['reason']}")
+    if bundle.portrait is not None:
+        print(f"{bundle.portrait} draws portraits from text")
     recipe = recipe_of(bundle.manifest)
     quantised = "" if recipe is None else f", quantised by {recipe.name}"
     print(f"{bundle.folder} ({bundle.dtype}{quantised})")

@@ -83,6 +83,11 @@ class CaptionEncoder:
         """transformers' T5EncoderModel, float32."""
         return cast("nn.Module", self._encoder)
 
+    def ids(self, caption: str) -> Tensor:
+        """Token ids int64 [1, N] of a caption in lower case, without padding, cut at P."""
+        ids, mask = self._tokenizer(caption.strip().lower(), self._length)
+        return ids[:, mask[0].bool()]
+
     def encode(self, ids: Tensor) -> Tensor:
         """Features float32 [1, N, W] of the token ids int64 [1, N] of one caption."""
         import torch
@@ -101,8 +106,7 @@ class CaptionEncoder:
         features = torch.zeros(len(captions), self._length, self._width, device=self._device)
         valid = torch.zeros(len(captions), self._length, dtype=torch.bool, device=self._device)
         for row, caption in enumerate(captions):
-            ids, mask = self._tokenizer(caption.strip().lower(), self._length)
-            ids = ids[:, mask[0].bool()].to(self._device)
+            ids = self.ids(caption).to(self._device)
             features[row, -ids.shape[1] :] = self.encode(ids)[0]
             valid[row, -ids.shape[1] :] = True
         return features, valid

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from proteus_deploy.portrait.onnx_bundle import is_portrait_bundle
+from proteus_deploy.portrait.onnx_painter import OnnxPainter
 from proteus_deploy.portrait.painter import Painter, TorchPainter
 
 __all__ = ["open_painter"]
 
 
 def open_painter(folder: str | Path, *, device: str = "cpu") -> Painter:
-    """Open a portrait checkpoint.
+    """Open a portrait checkpoint, or a portrait bundle.
 
-    Raises CheckpointError for a folder that is none, naming the file or entry at fault.
+    Raises CheckpointError or BundleError for a folder that is neither, naming the file or entry at fault.
     """
+    if is_portrait_bundle(folder):
+        return OnnxPainter.open(folder, device=device)
     return TorchPainter.open(folder, device=device)
