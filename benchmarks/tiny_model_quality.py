@@ -139,7 +139,7 @@ def measure(
                 "background_seen": background_colour(frames),
             }
         )
-        real.append(_clip_similarity(case, encoders))
+        real.append(clip_similarity(case, encoders))
     persons = [str(row["person"]) for row in rows]
 
     def share(wanted: str, seen: str) -> float:
@@ -149,11 +149,11 @@ def measure(
     own = estimate([row["own"] for row in rows], persons)
     ceiling = estimate(real, persons)
     return {
-        "own": _numbers(own),
-        "others": _numbers(estimate([row["others"] for row in rows], persons)),
-        "own_minus_others": _numbers(gap),
+        "own": numbers(own),
+        "others": numbers(estimate([row["others"] for row in rows], persons)),
+        "own_minus_others": numbers(gap),
         "own_minus_others_in_standard_errors": gap.mean / (gap.standard_error or float("nan")),
-        "two_drawn_clips_of_one_person": _numbers(ceiling),
+        "two_drawn_clips_of_one_person": numbers(ceiling),
         "own_relative_to_drawn_clips": own.mean / ceiling.mean,
         "nearest_is_right": share("person", "nearest"),
         "face_detection_rate": float(np.mean([row["face_detection_rate"] for row in rows])),
@@ -184,7 +184,7 @@ def _similarities(
     return alike, found.detection_rate
 
 
-def _clip_similarity(case: Case, encoders: Encoders) -> float:
+def clip_similarity(case: Case, encoders: Encoders) -> float:
     """FaceSim between two drawn clips of the person: mean over all pairs of their sampled frames."""
     from proteus_deploy.evaluate.face_similarity import cosine_matrix, face_embeddings
 
@@ -194,7 +194,7 @@ def _clip_similarity(case: Case, encoders: Encoders) -> float:
     return float(cosine_matrix(one, two).clip(0).mean())
 
 
-def _numbers(found: Any) -> dict[str, float]:
+def numbers(found: Any) -> dict[str, float]:
     return {
         "mean": found.mean,
         "standard_error": found.standard_error,
