@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from proteus_deploy.portrait.janus import JanusPainter, is_janus
 from proteus_deploy.portrait.onnx_bundle import is_portrait_bundle
 from proteus_deploy.portrait.onnx_painter import OnnxPainter
 from proteus_deploy.portrait.painter import Painter, TorchPainter
@@ -12,10 +13,13 @@ __all__ = ["open_painter"]
 
 
 def open_painter(folder: str | Path, *, device: str = "cpu") -> Painter:
-    """Open a portrait checkpoint, or a portrait bundle.
+    """Open a portrait checkpoint, a portrait bundle, or a Janus checkpoint of transformers.
 
-    Raises CheckpointError or BundleError for a folder that is neither, naming the file or entry at fault.
+    Raises CheckpointError or BundleError for a folder that is none of them, naming the file or entry at
+    fault.
     """
     if is_portrait_bundle(folder):
         return OnnxPainter.open(folder, device=device)
+    if is_janus(folder):
+        return JanusPainter(folder, device=device)
     return TorchPainter.open(folder, device=device)

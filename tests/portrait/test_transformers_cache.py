@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -198,20 +198,24 @@ def padded(ids: Tensor) -> tuple[Tensor, Tensor]:
     return ids * mask, mask
 
 
+@pytest.mark.parametrize("prefix", [8, 3])
 @pytest.mark.parametrize(
     ("policy", "attention"),
     [*((policy, "sdpa") for policy in SPARSE if policy != "random"), ("adsa", "eager")],
 )
-def test_padding_in_the_prefix_stays_hidden(policy: str, attention: str) -> None:
+def test_padding_in_the_prefix_stays_hidden(policy: str, attention: str, prefix: int) -> None:
     """A padded prompt gives what it gives by itself, in a cache whose prefix is as much shorter."""
     model = make_llama(KV_HEADS)
     model.set_attn_implementation(attention)
     ids = prompts(2, PROMPT + NEW)
     mask = padded(ids)[1]
-    plan = replace(PLAN, policy=policy)
+    plan = replace(PLAN, policy=policy, prefix=prefix)
     cache = EvictingCache(plan, model.config)
-    alone = EvictingCache(replace(plan, prefix=plan.prefix - 2, slots=plan.slots - 2), model.config)
-    with watched(cache, model), watched(alone, model), torch.no_grad():
+    alone = EvictingCache(replace(plan, prefix=prefix - 2, slots=plan.slots - 2), model.config)
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for one in (cache, alone) if prefix < PROMPT or policy == "attention" else ():
+            stack.enter_context(one.observing(model))
         for start, end in [(0, PROMPT), *((one, one + 1) for one in range(PROMPT, PROMPT + NEW))]:
             got = model(
                 ids[:, start:end],
@@ -221,6 +225,9 @@ def test_padding_in_the_prefix_stays_hidden(policy: str, attention: str) -> None
             )
             want = model(ids[1:, max(2, start) : end], past_key_values=alone)
             assert_close("logits", got.logits[1, -1], want.logits[0, -1], FLOAT32)
+    assert cache.slots is not None
+    assert cache.slots.rule is not None
+    assert all(bool(one.isfinite().all()) for one in cache.slots.rule.tensors())
 
 
 def test_masks_that_reach_outside_the_prefix_are_refused(llama: LlamaForCausalLM) -> None:
