@@ -4,8 +4,8 @@
 
 For the caption of each held-out person, whom neither model was trained on: a portrait, then a video of it in
 25 steps with a prompt of that person. FaceSim, by a recogniser that neither model has, of the video with its
-own portrait and with the 29 others, beside that of two drawn clips of one person; the aims are those of videos
-from photos (docs/tiny-model.md).
+own portrait and with the 29 others, beside that of two drawn clips of one person; the aims are those
+of videos from photos (docs/tiny-model.md).
 """
 
 from __future__ import annotations
