@@ -129,19 +129,28 @@ class SlotCache:
         source = last.gather(2, goes.int().argsort(dim=-1, stable=True))
         self.rule.gave_up(self, slots, source)
         self.positions.scatter_(2, slots, self.positions.gather(2, source))
-        into, outof = self._index(slots), self._index(source)
-        self.keys.scatter_(2, into, self.keys.gather(2, outof))
-        self.values.scatter_(2, into, self.values.gather(2, outof))
+        into, outof = self._places(slots), self._places(source)
+        for buffer in (self.keys, self.values):
+            entries = buffer.flatten(0, 2)  # a view: the buffer is contiguous
+            entries.index_copy_(0, into, entries.index_select(0, outof))
         self.filled -= count
 
-    def _index(self, slots: Tensor) -> Tensor:
-        """Slots [B, R, E] as an index of keys and values, [B, G, E, D]."""
-        heads, head_dim = self.keys.shape[1], self.keys.shape[3]
-        return slots.expand(-1, heads, -1).unsqueeze(-1).expand(-1, -1, -1, head_dim)
+    def entries(self, buffer: Tensor, slots: Tensor) -> Tensor:
+        """What keys or values hold in slots [B, R, E]: a copy, [B, G, E, D]."""
+        taken = buffer.flatten(0, 2).index_select(0, self._places(slots))
+        return taken.view(len(slots), buffer.shape[1], slots.shape[-1], buffer.shape[3])
+
+    def _places(self, slots: Tensor) -> Tensor:
+        """Slots [B, R, E] of every head as places among all entries, int64 [B G E]."""
+        sequences, heads = self.keys.shape[:2]
+        first = torch.arange(0, sequences * heads, device=slots.device).view(sequences, heads, 1)
+        return (first * self.plan.slots + slots).flatten()
 
     def _offload(self, slots: Tensor) -> None:
-        index = self._index(slots)
-        gone = (self.positions.gather(2, slots), self.keys.gather(2, index), self.values.gather(2, index))
+        gone = (
+            self.positions.gather(2, slots),
+            *(self.entries(one, slots) for one in (self.keys, self.values)),
+        )
         self.offloaded.append((gone[0].cpu(), gone[1].cpu(), gone[2].cpu()))
 
 
