@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from proteus_deploy.errors import InputError, PhotoError
 from proteus_deploy.identity.alignment import align_face
-from proteus_deploy.portrait.checkpoint import DOCUMENT
 from proteus_deploy.portrait.painter import Painter, check_captions
 from proteus_deploy.provenance import xmp_packet
 from proteus_deploy.reporting import Report, no_report
@@ -36,7 +35,6 @@ __all__ = [
 ]
 
 ATTEMPTS = 4  # portraits that are drawn, one seed after the other, before a prompt is given up
-_IN_A_BUNDLE = "portrait"
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,20 +107,35 @@ def check_portrait_prompt(prompt: str) -> None:
 
 
 def portrait_folder(bundle: str | Path) -> Path | None:
-    """The portrait model inside the folder of a video bundle; None for a bundle without one."""
-    folder = Path(bundle) / _IN_A_BUNDLE
-    return folder if (folder / DOCUMENT).is_file() else None
+    """The portrait model of the video bundle in a folder; None for a bundle without. Raises BundleError."""
+    from proteus_deploy.bundle import Bundle
+
+    return Bundle.open(bundle, hashes=False).portrait
 
 
-def painter_device(asked: str | None, pipelines: torch.device) -> str:
-    """Where to draw for a pipeline: on its GPU where it has one, else on the CPU.
+def painter_device(portrait: str | Path, asked: str | None, pipelines: torch.device) -> str:
+    """Where to open the portrait model in a folder for a pipeline that nobody asked another place for.
 
+    That is the pipeline's GPU, where it has one and what runs the portrait model can use it; else the CPU.
     asked: the device that the pipeline was opened with. pipelines: the one of its backend; ONNX Runtime's
     takes tensors of the CPU, whatever device it computes on.
     """
-    if asked is not None and asked.startswith("cuda"):
-        return asked
-    return str(pipelines) if pipelines.type == "cuda" else "cpu"
+    device = asked if asked is not None and asked.startswith("cuda") else str(pipelines)
+    return device if device.startswith("cuda") and _can_use_gpu(portrait) else "cpu"
+
+
+def _can_use_gpu(portrait: str | Path) -> bool:
+    from proteus_deploy.portrait.onnx_bundle import is_portrait_bundle
+
+    if not is_portrait_bundle(portrait):
+        import torch
+
+        return torch.cuda.is_available()
+    try:
+        import onnxruntime
+    except ImportError:  # opening the model says so
+        return False
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
 def portrait_png(image: NDArray[np.uint8], facts: Mapping[str, Any], *, mark: bool = True) -> bytes:

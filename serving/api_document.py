@@ -99,6 +99,8 @@ class VideoObject(_Answer):
     plan: dict[str, Any] | None
     character: str | None
     adapters: list[_AdapterUse] | None
+    portrait_prompt: str | None
+    portrait_seed: int | None = Field(None, description="of the portrait that was drawn, once it is finished")
     stage: _Stage | None = None
     queue_position: int | None = None
     bytes: int | None = None

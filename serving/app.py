@@ -34,7 +34,7 @@ from proteus_deploy.serving.logs import RequestIds
 from proteus_deploy.serving.metrics import metrics_text
 from proteus_deploy.serving.page_routes import add_page_routes
 from proteus_deploy.serving.service import Service
-from proteus_deploy.serving.submission import submit, video_file, wait_for
+from proteus_deploy.serving.submission import portrait_file, submit, video_file, wait_for
 from proteus_deploy.serving.video_object import video_object
 
 __all__ = ["create_app"]
@@ -49,6 +49,10 @@ _CREATE_BODY = {
 _MP4: dict[int | str, dict[str, Any]] = {
     200: {"content": {"video/mp4": {}}, "description": "The mp4"},
     206: {"content": {"video/mp4": {}}, "description": "The part of it that `Range` asked for"},
+}
+_PNG: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"image/png": {}}, "description": "The PNG"},
+    206: {"content": {"image/png": {}}, "description": "The part of it that `Range` asked for"},
 }
 
 
@@ -160,6 +164,15 @@ def _add_job_routes(app: FastAPI) -> None:
             text = f"variant is {variant!r}; this server has only 'video'"
             raise ApiError(400, text, param="variant", code="invalid_value")
         return video_file(service, service.store.get(video_id, owner))
+
+    @app.get(
+        "/v1/videos/{video_id}/portrait",
+        response_class=FileResponse,
+        responses=_PNG | errors(400, 404, 409, 416, 500, 504),
+    )
+    def portrait(video_id: str, service: ServiceOf, owner: OwnerOf) -> Response:
+        """The portrait that was drawn for a video with a `portrait_prompt`, once it is finished."""
+        return portrait_file(service, service.store.get(video_id, owner))
 
     @app.get("/v1/videos/{video_id}/events", response_class=_EventStream, responses=errors(404))
     async def events(

@@ -43,7 +43,7 @@ _MULTIPART = "multipart/form-data"
 _PHOTO_FIELD = "input_reference"
 # Fields of the body that are no fields of a GenerateRequest, or are made into others.
 _NOT_THE_PIPELINES = {"model", "seconds", "size", "input_reference", "character", "timeout_s"}
-_NOT_THE_PIPELINES |= {"plan", "adapters"}  # read by themselves
+_NOT_THE_PIPELINES |= {"plan", "adapters", "portrait_prompt"}  # read by themselves
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 _DATA_URL = re.compile(r"data:image/[a-z.+-]+;base64,", re.IGNORECASE)
 
@@ -97,6 +97,11 @@ class CreateVideo(BaseModel):
     num_frames: int | None = None
     character: str | None = Field(
         None, description="id of a registered character, in place of the photo", max_length=100
+    )
+    portrait_prompt: str | None = Field(
+        None,
+        description="who is to be seen, in place of the photo: a portrait model draws it",
+        max_length=2000,
     )
     fps: float = Field(8, gt=0, le=1000, allow_inf_nan=False)
     num_inference_steps: int = 50
@@ -153,10 +158,13 @@ class CreateAdapter(BaseModel):
 
 @dataclass(frozen=True)
 class Order:
-    """What is put in the queue. request: the fields of a GenerateRequest, complete, as JSON."""
+    """What is put in the queue. request: the fields of a GenerateRequest, complete, as JSON.
+
+    photo: None where a worker draws it.
+    """
 
     request: dict[str, Any]
-    photo: bytes
+    photo: bytes | None
     cost: float
     timeout_s: float | None
     batch_key: str | None
@@ -194,7 +202,8 @@ async def read_body(request: Request, model: type[_Body]) -> tuple[_Body, bytes 
 
 def check_text(body: BaseModel) -> None:
     """Raises ApiError for a NUL character, which PostgreSQL can't hold."""
-    for name in ("name", "prompt", "identity_prompt", "negative_prompt", "character"):
+    names = ("name", "prompt", "identity_prompt", "negative_prompt", "character", "portrait_prompt")
+    for name in names:
         if "\0" in (getattr(body, name, None) or ""):
             raise ApiError(
                 400, f"{name} holds a NUL character; leave it out", param=name, code="invalid_value"
@@ -310,10 +319,11 @@ def make_order(
     from proteus_deploy.request import GenerateRequest, resolve_request
     from proteus_deploy.size_ranges import check_ranges
 
-    if photo is None:
+    if photo is None and body.portrait_prompt is None:
         raise ApiError(
             400,
-            "input_reference is missing; send the reference photo of the person, or a character's id",
+            "input_reference is missing; send the reference photo of the person, a character's id, or a "
+            "portrait_prompt",
             param="input_reference",
             code="missing",
         )
@@ -321,15 +331,19 @@ def make_order(
     width, height = _size_of(body)
     fields |= {"width": width, "height": height, "num_frames": _frames_of(body)}
     plan = None if body.plan is None else plan_from_json(body.plan)
-    resolved = resolve_request(GenerateRequest(**fields, photo=photo, plan=plan), config)
+    # A photo isn't opened here, so anything stands for one that is still to be drawn.
+    resolved = resolve_request(GenerateRequest(**fields, photo=photo or b"", plan=plan), config)
     if table is not None:
         check_ranges(resolved, 1, table, config.backbone)
-    open_photo(photo, max_pixels=max_pixels)
+    if photo is not None:
+        open_photo(photo, max_pixels=max_pixels)
     document = {name: value for name, value in resolved.to_json().items() if name != "photo"}
     alone = plan is not None and plan.step_cache is not None and plan.step_cache.needs_latents
     key = None if alone else batch_key_of(document)
     if body.character is not None:
         document["character"] = body.character
+    if body.portrait_prompt is not None:
+        document["portrait_prompt"] = body.portrait_prompt
     return Order(document, photo, cost_of(document), body.timeout_s, key)
 
 

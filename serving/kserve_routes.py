@@ -1,4 +1,4 @@
-"""`/v2`: the Open Inference Protocol, for the whole pipeline: a prompt and a photo in, an mp4 out.
+"""`/v2`: the Open Inference Protocol, for the whole pipeline: a prompt and a person in, an mp4 out.
 
 Tensors are JSON, of one element each. Text is BYTES as a string; photo and mp4 are BYTES in base64.
 Inference waits for the video, in the same queue as all others; a client that goes away cancels it.
@@ -31,6 +31,7 @@ _INPUTS: dict[str, _Data] = {
     "prompt": "BYTES",
     "photo": "BYTES",
     "character": "BYTES",
+    "portrait_prompt": "BYTES",
     "identity_prompt": "BYTES",
     "negative_prompt": "BYTES",
     "width": "INT64",

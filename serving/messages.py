@@ -14,7 +14,10 @@ __all__ = ["Channel", "PipelineChoice", "WorkerSettings"]
 
 @dataclass(frozen=True)
 class PipelineChoice:
-    """Which pipeline a worker opens. kind: "bundle" or "checkpoint"; None takes that kind's default."""
+    """Which pipeline a worker opens. kind: "bundle" or "checkpoint"; None takes that kind's default.
+
+    portrait: folder of a portrait model, for requests without a photo; None takes a bundle's own, if any.
+    """
 
     kind: str
     folder: str
@@ -23,6 +26,7 @@ class PipelineChoice:
     dtype: str | None = None
     vae_tiling: bool = False
     low_memory: bool = False
+    portrait: str | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ __all__ = ["JobProgress", "StageTimes"]
 
 # Parts of 100 percent. Preparation and decoding have no common unit with steps; these only order them.
 _PREPARED, _DENOISED = 3, 95
+# Between two reports on a portrait, whose tokens come by the hundred.
+_PORTRAIT_S = 0.2
 
 
 class StageTimes:
@@ -47,6 +49,7 @@ class JobProgress:
         self._report, self._times, self._shape, self._clock = report, times, shape, clock
         self._step_s: list[float] = []
         self._began_s = self._denoised_s = clock()
+        self._portrait_s = float("-inf")
         self.seconds: dict[str, float] = {}
         self.steps = 0
         self.latest: dict[str, Any] = {}
@@ -56,10 +59,23 @@ class JobProgress:
         self._step_s.append(event.seconds)
         self.steps += 1
 
+    def on_portrait(self, _: str, done: int, total: int) -> None:
+        """Report tokens of a reference portrait, a few times a second; a `Report` of the portrait model."""
+        now = self._clock()
+        if done < total and now - self._portrait_s < _PORTRAIT_S:
+            return
+        self._portrait_s = now
+        self._tell("portrait", done, total, 0.0, None)
+
+    def count(self, phase: str) -> float:
+        """The clock's time, after counting what no other phase has as this one's."""
+        now = self._clock()
+        self.seconds[phase] = round(now - self._began_s - sum(self._earlier(phase)), 4)
+        return now
+
     def on_progress(self, event: ProgressEvent) -> None:
         """Report a part of a phase."""
-        now = self._clock()
-        self.seconds[event.phase] = round(now - self._began_s - sum(self._earlier(event.phase)), 4)
+        now = self.count(event.phase)
         eta_s: float | None = None
         if event.phase == "denoise":
             percent = _PREPARED + (_DENOISED - _PREPARED) * event.done / event.total
@@ -73,10 +89,13 @@ class JobProgress:
                 self._times.record(self._shape, now - self._denoised_s)
         else:
             percent = 1.0
+        self._tell(event.phase, event.done, event.total, percent, eta_s)
+
+    def _tell(self, stage: str, done: int, total: int, percent: float, eta_s: float | None) -> None:
         self.latest = {
-            "stage": event.phase,
-            "done": event.done,
-            "total": event.total,
+            "stage": stage,
+            "done": done,
+            "total": total,
             "percent": int(percent),
             "eta_s": None if eta_s is None else round(eta_s, 3),
         }

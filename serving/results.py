@@ -1,5 +1,7 @@
 """Finished videos: one file per attempt, published by the commit that names it in the database.
 
+Beside a video lies the portrait that was drawn for it, where one was: it has the video's name, and its fate.
+
 A file that no row names is an orphan: of an attempt that was killed between its file and its commit, or of a
 job that was deleted. `sweep` removes them.
 """
@@ -15,9 +17,27 @@ from typing import Protocol
 from proteus_deploy._files import atomic_file, inside, sha256_of
 from proteus_deploy.serving.jobs import Claim, JobNotFound, JobResult
 
-__all__ = ["RESULT_NAME", "ResultFolder", "Results", "write_file"]
+__all__ = [
+    "RESULT_NAME",
+    "ResultFolder",
+    "Results",
+    "portrait_name",
+    "video_name",
+    "with_portraits",
+    "write_file",
+]
 
-RESULT_NAME = re.compile(r"video_[0-9a-f]{32}-[0-9]+\.mp4")
+RESULT_NAME = re.compile(r"video_[0-9a-f]{32}-[0-9]+\.(mp4|png)")
+
+
+def video_name(claim: Claim) -> str:
+    """Of the file of an attempt."""
+    return f"{claim.job.id}-{claim.attempt}.mp4"
+
+
+def portrait_name(name: str) -> str:
+    """Of the portrait beside a video."""
+    return f"{name.removesuffix('.mp4')}.png"
 
 
 class Results(Protocol):
@@ -28,11 +48,14 @@ class Results(Protocol):
     ) -> JobResult:
         """Let `save` write the file; whole and stored when this returns, and not yet published."""
 
+    def write_portrait(self, claim: Claim, png: bytes) -> None:
+        """Store the portrait of a video whose own file comes next."""
+
     def path(self, name: str) -> Path:
         """Where a published result lies on this machine. Raises JobNotFound when the file is gone."""
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove results; those that are gone already are no error."""
+        """Remove results and their portraits; those that are gone already are no error."""
 
     def sweep(self, published: Callable[[], set[str]], *, older_than_s: float = 0.0) -> list[str]:
         """Remove leftovers and results that no row names; their names.
@@ -40,6 +63,11 @@ class Results(Protocol):
         older_than_s: younger files stay, for workers that go on while this one starts.
         published: names in the database, read after the folder, so that what is published meanwhile stays.
         """
+
+
+def with_portraits(names: Iterable[str]) -> set[str]:
+    """The names of videos, and those of their portraits."""
+    return {file for name in names for file in (name, portrait_name(name))}
 
 
 def write_file(path: Path, save: Callable[[Path], None], facts: dict[str, object] | None) -> JobResult:
@@ -65,18 +93,23 @@ class ResultFolder:
         self, claim: Claim, save: Callable[[Path], None], facts: dict[str, object] | None = None
     ) -> JobResult:
         """See `Results`."""
-        return write_file(inside(self._folder, f"{claim.job.id}-{claim.attempt}.mp4"), save, facts)
+        return write_file(inside(self._folder, video_name(claim)), save, facts)
+
+    def write_portrait(self, claim: Claim, png: bytes) -> None:
+        """See `Results`."""
+        with atomic_file(inside(self._folder, portrait_name(video_name(claim)))) as temporary:
+            temporary.write_bytes(png)
 
     def path(self, name: str) -> Path:
         """See `Results`."""
         path = inside(self._folder, name)
         if not path.is_file():
-            raise JobNotFound("the video's file is gone from the server's data folder")
+            raise JobNotFound("the file is gone from the server's data folder")
         return path
 
     def remove(self, names: Iterable[str]) -> None:
         """See `Results`."""
-        for name in names:
+        for name in with_portraits(names):
             inside(self._folder, name).unlink(missing_ok=True)
 
     def sweep(self, published: Callable[[], set[str]], *, older_than_s: float = 0.0) -> list[str]:
@@ -89,7 +122,7 @@ class ResultFolder:
             and (RESULT_NAME.fullmatch(file.name) or file.name.startswith(".partial-"))
             and file.stat().st_mtime <= limit
         ]
-        kept = published()
+        kept = with_portraits(published())
         orphans = [file.name for file in found if file.name not in kept]
         self.remove(orphans)
         return orphans

@@ -23,6 +23,7 @@ from proteus_deploy.serving.jobs import Job, JobNotFound
 from proteus_deploy.serving.keys import Keys
 from proteus_deploy.serving.messages import PipelineChoice, WorkerSettings
 from proteus_deploy.serving.pace import Pace
+from proteus_deploy.serving.portraits import portrait_model
 from proteus_deploy.serving.shared_results import open_results
 from proteus_deploy.serving.store import JobStore
 from proteus_deploy.serving.supervisor import Board, Supervisor
@@ -113,6 +114,7 @@ class Service:
         self.settings, self.keys = settings, settings.keys
         exporter = None if settings.traces is None else open_exporter(settings.traces)
         self.config, self.table, self.base = check_model(settings)
+        self.draws_portraits = portrait_model(settings.pipeline) is not None
         url = database_url(settings.database_url, settings.data_dir.absolute())
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         self._lock_file = _lock(settings.data_dir)

@@ -12,13 +12,22 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from proteus_deploy._files import atomic_file, inside
 from proteus_deploy.errors import BackendError, InputError
 from proteus_deploy.serving.jobs import Claim, JobNotFound, JobResult
-from proteus_deploy.serving.results import RESULT_NAME, ResultFolder, Results, write_file
+from proteus_deploy.serving.results import (
+    RESULT_NAME,
+    ResultFolder,
+    Results,
+    portrait_name,
+    video_name,
+    with_portraits,
+    write_file,
+)
 
 __all__ = ["SharedResults", "open_results"]
 
@@ -74,11 +83,15 @@ class SharedResults:
         self, claim: Claim, save: Callable[[Path], None], facts: dict[str, object] | None = None
     ) -> JobResult:
         """See `Results`."""
-        copy = inside(self._folder, f"{claim.job.id}-{claim.attempt}.mp4")
+        copy = inside(self._folder, video_name(claim))
         result = write_file(copy, save, facts)
         self._files.put_file(str(copy), self._key(copy.name))
         self._forget_old(copy)
         return result
+
+    def write_portrait(self, claim: Claim, png: bytes) -> None:
+        """See `Results`; copies of portraits come here when they are asked for."""
+        self._files.pipe_file(self._key(portrait_name(video_name(claim))), png)
 
     def path(self, name: str) -> Path:
         """See `Results`."""
@@ -95,11 +108,11 @@ class SharedResults:
             with atomic_file(copy) as temporary:
                 self._files.get_file(self._key(copy.name), str(temporary))
         except FileNotFoundError:
-            raise JobNotFound("the video's file is gone from the shared storage") from None
+            raise JobNotFound("the file is gone from the shared storage") from None
 
     def remove(self, names: Iterable[str]) -> None:
         """See `Results`."""
-        for name in names:
+        for name in with_portraits(names):
             inside(self._folder, name).unlink(missing_ok=True)
             try:
                 self._files.rm_file(self._key(name))
@@ -112,7 +125,7 @@ class SharedResults:
         found: list[str] = []
         with suppress(FileNotFoundError):  # an object store has no empty folders
             found = [str(key).rsplit("/", 1)[-1] for key in self._files.ls(self._root, detail=False)]
-        kept = published()
+        kept = with_portraits(published())
         # A store is asked for the age of each file, so only of those that may have to go.
         orphans = [
             name
@@ -134,7 +147,7 @@ class SharedResults:
     def _forget_old(self, used: Path) -> None:
         """Remove the copies that were used longest ago, but not the one at hand."""
         copies = []
-        for file in self._folder.glob("*.mp4"):
+        for file in chain(self._folder.glob("*.mp4"), self._folder.glob("*.png")):
             with suppress(FileNotFoundError):  # the other processes of this server do the same
                 found = file.stat()
                 copies.append((file == used, found.st_mtime, found.st_size, file))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["TRACEPARENT", "Tracer", "open_exporter"]
 
 TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")  # W3C trace context
-_STAGES = ("identity", "text", "schedule", "denoise", "decode")
+_STAGES = ("portrait", "identity", "text", "schedule", "denoise", "decode")
 _NS = 1_000_000_000
 
 

@@ -52,7 +52,7 @@ def video_object(service: Service, job: Job, *, position: int | None = None) -> 
     }
     document |= {name: request[name] for name in _SHOWN}
     document |= {"plan": request.get("plan"), "character": request.get("character")}
-    document["adapters"] = request.get("adapters")
+    document |= {"adapters": request.get("adapters"), "portrait_prompt": request.get("portrait_prompt")}
     if news is not None:
         document["stage"] = {name: news[name] for name in ("stage", "done", "total", "eta_s")}
     if position is not None:
@@ -60,4 +60,6 @@ def video_object(service: Service, job: Job, *, position: int | None = None) -> 
     if job.result is not None:
         document["bytes"], document["sha256"] = job.result.bytes, job.result.sha256
         document["stage_seconds"] = job.result.facts.get("stage_seconds")
+        if "portrait_seed" in job.result.facts:
+            document["portrait_seed"] = job.result.facts["portrait_seed"]
     return document

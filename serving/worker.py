@@ -29,6 +29,7 @@ from proteus_deploy.serving.jobs import Claim, JobFailure, JobState, LostClaim
 from proteus_deploy.serving.logs import write_logs
 from proteus_deploy.serving.measures import resident_bytes
 from proteus_deploy.serving.messages import Channel, WorkerSettings
+from proteus_deploy.serving.portraits import Portraits, drawn_facts, portrait_model, portrait_of
 from proteus_deploy.serving.previews import Previews
 from proteus_deploy.serving.progress import JobProgress, StageTimes
 from proteus_deploy.serving.shared_results import open_results
@@ -38,6 +39,8 @@ from proteus_deploy.serving.worker_pipeline import open_pipeline, request_fields
 
 if TYPE_CHECKING:
     from proteus_deploy.pipeline import Pipeline, StepEvent
+    from proteus_deploy.reference_portrait import Portrait
+    from proteus_deploy.request import GenerateRequest
     from proteus_deploy.stage_cache import StageCache
     from proteus_deploy.video import Video
 
@@ -55,10 +58,11 @@ class Worker:
         pipeline: Pipeline,
         channel: Channel,
         cache: StageCache | None = None,
+        portraits: Portraits | None = None,
     ) -> None:
-        """cache: the pipeline's, where it has one, for its counts."""
+        """cache: the pipeline's, where it has one, for its counts. portraits: for jobs without a photo."""
         self._settings, self._pipeline, self._channel = settings, pipeline, channel
-        self._cache = cache
+        self._cache, self._portraits = cache, portraits
         folder = Path(settings.data_dir)
         self._engine = open_database(database_url(settings.database_url, folder))
         self._queue = WorkQueue(self._engine, max_attempts=settings.max_attempts)
@@ -164,17 +168,13 @@ class Worker:
         return self._queue.complete(claim).value
 
     def _make(self, work: Work, progress: JobProgress) -> list[str]:
-        from proteus_deploy.request import GenerateRequest
-
-        requests = [
-            GenerateRequest(
-                **request_fields(claim.job.request),
-                photo=self._queue.photo(claim),
-                adapters=self._adapters.uses(claim.job.request.get("adapters")),
-            )
-            for claim in work.claims
-        ]
         started_s = time.monotonic()
+        portraits = [
+            portrait_of(self._portraits, claim.job.request, progress, work.stop) for claim in work.claims
+        ]
+        requests = [
+            self._request(claim, portrait) for claim, portrait in zip(work.claims, portraits, strict=True)
+        ]
         videos = self._pipeline.generate_batch(
             requests,
             on_step=partial(self._on_step, work, progress),
@@ -187,9 +187,20 @@ class Worker:
         shown_s = sum(video.frames.shape[1] / video.fps for video in videos)
         work.measures = {**facts, "steps": progress.steps, "video_seconds": shown_s}
         return [
-            self._stopped(claim, work) if work.reason(claim) else self._publish(claim, video, facts)
-            for claim, video in zip(work.claims, videos, strict=True)
+            self._stopped(claim, work) if work.reason(claim) else self._publish(claim, video, facts, portrait)
+            for claim, video, portrait in zip(work.claims, videos, portraits, strict=True)
         ]
+
+    def _request(self, claim: Claim, portrait: Portrait | None) -> GenerateRequest:
+        from proteus_deploy.request import GenerateRequest
+
+        request = claim.job.request
+        return GenerateRequest(
+            **request_fields(request),
+            photo=self._queue.photo(claim) if portrait is None else portrait.image,
+            adapters=self._adapters.uses(request.get("adapters")),
+            metadata={} if portrait is None else {"portrait": drawn_facts(request, portrait)},
+        )
 
     def _measures(self, work: Work) -> dict[str, Any]:
         """For the server's metrics: of the work, and of this process."""
@@ -207,10 +218,19 @@ class Worker:
     def _send_preview(self, work: Work, row: int, picture: str) -> None:
         self._channel.send(job=work.claims[row].job.id, preview=picture)
 
-    def _publish(self, claim: Claim, video: Video, facts: Mapping[str, object]) -> str:
+    def _publish(
+        self, claim: Claim, video: Video, facts: Mapping[str, object], portrait: Portrait | None
+    ) -> str:
+        from proteus_deploy.reference_portrait import portrait_png
+
         _, frames, _, height, width = video.frames.shape
         own: dict[str, object] = {"frames": frames, "height": height, "width": width, "fps": video.fps}
         own |= {"seed": video.metadata.get("seed"), "backend": video.metadata.get("backend"), **facts}
+        if portrait is not None:
+            drawn = drawn_facts(claim.job.request, portrait)
+            png = portrait_png(portrait.image, drawn, mark=self._settings.provenance)
+            self._results.write_portrait(claim, png)
+            own["portrait_seed"] = portrait.seed
         result = self._results.write(claim, partial(self._save, video), own)
         try:
             state = self._queue.complete(claim, result)
@@ -312,7 +332,9 @@ def main(descriptor: int) -> int:
         with open_pipeline(settings.pipeline, cache) as pipeline:
             if settings.warm_up:
                 warm_up(pipeline)
-            worker = Worker(settings, pipeline, channel, cache)
+            wanted = portrait_model(settings.pipeline) is not None
+            portraits = Portraits(settings.pipeline, pipeline, cache) if wanted else None
+            worker = Worker(settings, pipeline, channel, cache, portraits)
             threading.Thread(target=worker.listen, args=(messages,), daemon=True).start()
             channel.send(ready=settings.name, backend=pipeline.backend.name)
             worker.run()

@@ -50,10 +50,10 @@ def warm_up(pipeline: Pipeline) -> None:
 
 
 def request_fields(document: Any) -> dict[str, Any]:
-    """The fields of a GenerateRequest from a job's JSON, but for its photo and adapters."""
+    """The fields of a GenerateRequest from a job's JSON, but for its photo (or portrait) and adapters."""
     from proteus_deploy.policies.plan import plan_from_json
 
-    others = ("character", "traceparent", "adapters")
+    others = ("character", "traceparent", "adapters", "portrait_prompt")
     fields = {name: value for name, value in document.items() if name not in others}
     if fields.get("plan") is not None:
         fields["plan"] = plan_from_json(fields["plan"])

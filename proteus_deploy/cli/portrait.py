@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from proteus_deploy.cli.generate import seed_or_random
 from proteus_deploy.cli.output import print_json, print_table
 from proteus_deploy.cli.portrait_flags import check_png, write_portrait
+from proteus_deploy.cli.portrait_room import cache_room
 from proteus_deploy.cli.progress import PhaseProgress
 from proteus_deploy.cli.video_progress import cancel_on_interrupt
 from proteus_deploy.errors import InputError
@@ -88,10 +89,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Draw, say what was drawn and where, and return 0. Raises InputError for wrong input."""
     with cancel_on_interrupt() as cancel, PhaseProgress(unit="token") as progress:
         orders = _orders(arguments)
+        from proteus_deploy.portrait.onnx_bundle import is_portrait_bundle
         from proteus_deploy.portrait.opening import open_painter
         from proteus_deploy.runtime.eager import resolve_device
 
-        resolve_device(arguments.device)  # whatever opens first would say it less plainly
+        if not is_portrait_bundle(arguments.path):  # whose devices are ONNX Runtime's
+            resolve_device(arguments.device)  # whatever opens first would say it less plainly
         painter = open_painter(arguments.path, device=arguments.device)
         sampling, cache = _sampling_of(arguments, painter), _cache_of(arguments, painter)
         settings = {
@@ -118,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
             write_portrait(file, image, {"prompt": prompt, "seed": seed, **settings})
             row = {"output": str(file), "prompt": prompt, "seed": seed, "tokens": tokens}
             row |= {"width": image.shape[1], "height": image.shape[0], "seconds": round(seconds, 3)}
-            rows.append({**row, **_room(painter, prompt, sampling, cache)})
+            rows.append({**row, **cache_room(painter, prompt, sampling, cache)})
     _print({"portraits": rows, **settings, "device": arguments.device}, arguments)
     return 0
 
@@ -170,22 +173,6 @@ def _cache_of(arguments: argparse.Namespace, painter: Painter) -> CacheSettings:
     # What a dense cache has room for says nothing about one that gives up.
     base = CacheSettings() if own.policy == "dense" else own
     return replace(base, policy=policy, **given)
-
-
-def _room(painter: Painter, prompt: str, sampling: Sampling, cache: CacheSettings) -> dict[str, int | None]:
-    """What the cache holds of how many positions, and its bytes; None for models that don't say."""
-    from proteus_deploy.portrait.painter import TorchPainter
-    from proteus_deploy.tokens import Tokenizer
-
-    if not isinstance(painter, TorchPainter) or painter.checkpoint.tokenizer is None:
-        return {"slots": None, "positions": None, "cache_bytes": None}
-    gpt = painter.checkpoint.gpt
-    _, mask = Tokenizer(painter.checkpoint.tokenizer)(prompt.strip().lower(), gpt.cls_token_num)
-    condition = int(mask.sum())  # padding isn't kept
-    slots = cache.plan(condition, gpt.block_size, gpt.grid_size).slots
-    sequences = 2 if sampling.guidance_scale > 1 else 1
-    size = gpt.cache_bytes(slots, sequences, painter.gpt.tok_embeddings.weight.element_size())
-    return {"slots": slots, "positions": condition + gpt.block_size, "cache_bytes": size}
 
 
 def _print(document: dict[str, Any], arguments: argparse.Namespace) -> None:

@@ -100,12 +100,11 @@ def draw_photo(
 
     request = pipeline.check(replace(request, photo=b""))  # any photo: it isn't opened
     encoder = pipeline.identity_encoder
+    device = painter_device(arguments.portrait, arguments.device, pipeline.backend.device)
     assert request.seed is not None
     with PhaseProgress(unit="token") as progress:
         portrait = draw_reference(
-            open_painter(
-                arguments.portrait, device=painter_device(arguments.device, pipeline.backend.device)
-            ),
+            open_painter(arguments.portrait, device=device),
             encoder,
             prompt,
             request.seed,

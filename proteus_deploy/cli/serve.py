@@ -61,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="e.g. cpu, cuda (default: the backend's own)")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="checkpoint only")
+    parser.add_argument(
+        "--portrait",
+        type=Path,
+        metavar="DIR",
+        help="portrait model, for requests without a photo (default: the bundle's own, if any)",
+    )
     parser.add_argument("--vae-tiling", action="store_true", help="decode in tiles: less memory, more time")
     parser.add_argument("--low-memory", action="store_true", help="hold one part's networks at a time")
     _add_limits(parser)
@@ -163,6 +169,8 @@ def _settings(arguments: argparse.Namespace) -> ServiceSettings:
     """Everything about the flags that can be known before anything is opened."""
     kind = kind_of(arguments.path)
     _check_backend(kind, arguments)
+    if arguments.portrait is not None and not arguments.portrait.is_dir():
+        raise InputError(f"--portrait is {arguments.portrait}, which is no folder; pass a portrait model's")
     for name, least in (
         ("workers", 1), ("max_queued", 1), ("max_attempts", 1), ("max_batch", 1), ("cache_mib", 0),
         ("adapter_cache_mib", 0), ("max_adapter_mib", 1),
@@ -193,6 +201,7 @@ def _settings(arguments: argparse.Namespace) -> ServiceSettings:
             dtype=arguments.dtype,
             vae_tiling=arguments.vae_tiling,
             low_memory=arguments.low_memory,
+            portrait=None if arguments.portrait is None else str(arguments.portrait.absolute()),
         ),
         data_dir=arguments.data_dir,
         database_url=arguments.database_url,

@@ -158,6 +158,7 @@ function stateOf(video) {
   if (video.cancel_requested) return "Stopping…";
   const { stage, done, total, eta_s: left } = video.stage ?? {};
   const names = { identity: "Looking at the photo", text: "Reading the prompt", schedule: "Reading the prompt" };
+  names.portrait = `Drawing the portrait, ${done} of ${total}`;
   const what = { denoise: `Step ${done} of ${total}`, decode: "Drawing the frames" }[stage] ?? names[stage];
   return (what ?? "Starting") + (left ? `, about ${seconds(left)} left` : "");
 }

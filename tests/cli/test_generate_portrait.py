@@ -167,7 +167,8 @@ def test_a_bundle_with_a_portrait_model(
     shutil.copytree(model, bundle / "portrait")
     manifest = json.loads((bundle / MANIFEST).read_text())
     (bundle / MANIFEST).unlink()  # it is a link to the shared one's
-    (bundle / MANIFEST).write_text(json.dumps({**manifest, "files": list_files(bundle)}))
+    manifest |= {"portrait": {"hash": "0"}, "files": list_files(bundle)}
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
     assert main(_words(bundle, tmp_path / "out.mp4")) == 0
     assert asked == [(WHO, 42)]
     assert read_video(tmp_path / "out.mp4").metadata["backend"] == "onnxruntime"
@@ -290,3 +291,34 @@ def test_interrupt_stops_between_tokens(
     assert seen == [1, 2, 3]
     assert "interrupted" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "bundle"])
+def test_where_a_portrait_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """On the pipeline's GPU, if what runs the portrait model can use one."""
+    import onnxruntime
+    import torch
+
+    from proteus_deploy.reference_portrait import painter_device
+
+    document = {"kind": "portrait bundle"} if kind == "bundle" else {}
+    (tmp_path / "portrait.json").write_text(json.dumps(document))
+    able: list[bool] = [True]
+    others = ["CPUExecutionProvider"]
+    if kind == "bundle":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: not able[0])
+        monkeypatch.setattr(
+            onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"] * able[0] + others
+        )
+    else:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: able[0])
+        monkeypatch.setattr(
+            onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"] * (not able[0]) + others
+        )
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    assert painter_device(tmp_path, None, cpu) == "cpu"
+    assert painter_device(tmp_path, "CPU", cpu) == "cpu"
+    assert painter_device(tmp_path, "cuda", cpu) == "cuda", "ONNX Runtime's tensors are the CPU's"
+    assert painter_device(tmp_path, None, cuda) == "cuda:0"
+    able[0] = False
+    assert painter_device(tmp_path, "cuda", cuda) == "cpu"

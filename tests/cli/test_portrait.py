@@ -98,6 +98,30 @@ def test_what_is_said_of_the_cache_is_what_was_made(
     assert (row["slots"] == row["positions"]) == (policy == "dense")
 
 
+@pytest.mark.slow
+def test_a_portrait_bundle(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same command on the exported model, whose cache is fixed."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from proteus_deploy.export.portrait_onnx import export_portrait
+    from proteus_deploy.portrait.checkpoint import PortraitCheckpoint
+
+    bundle = export_portrait(PortraitCheckpoint.open(model), tmp_path / "bundle")
+    words = ["portrait", str(bundle.folder), "--prompt", PROMPT, "--output", str(tmp_path / "out.png")]
+    assert main([*words, "--seed", "3", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["portraits"][0]
+    assert np.array_equal(_pixels(row["output"]), open_painter(bundle.folder).draw([PROMPT], seeds=[3])[0])
+    held = [
+        spec for spec in bundle.table.graph("decoder").inputs if spec.name.startswith(("keys_", "values_"))
+    ]
+    assert row["cache_bytes"] == sum(4 * int(np.prod(spec.shape({"B": 1}))) for spec in held)
+    assert (row["slots"], row["positions"]) == (bundle.plan.slots, RANDOM_GPT.length)
+    assert main([*words, "--budget", "0.6"]) == 2
+    assert "export the checkpoint again with that cache" in capsys.readouterr().err
+    assert main([*words, "--device", "gpu"]) == 2
+    assert "ONNX Runtime device is 'gpu'" in capsys.readouterr().err
+
+
 def test_flags_reach_the_model_and_what_is_left_out_is_its_own(
     draw: Callable[..., Any], model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -169,6 +169,7 @@ def _wait(until: Callable[[], bool]) -> None:
         (("--backend", "onnxruntime"), "runs a bundle"),
         (("--backend", "compiled", "--low-memory"), "leave one of them out"),
         (("--low-memory", "--workers", "2"), "leave one of them out"),
+        (("--portrait", "absent"), "--portrait is absent, which is no folder"),
         (("--workers", "0"), "--workers is 0"),
         (("--port", "70000"), "--port is 70000"),
         (("--keep-days", "nan"), "--keep-days is nan"),
@@ -186,3 +187,26 @@ def test_what_cannot_go_together_is_refused_by_name(
     data = ["--data-dir", str(tmp_path / "data"), "--port", "0"]
     assert main(["serve", str(MODEL), *data, *flags]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_portrait_model(serve_process: type[Server], tmp_path: Path) -> None:
+    """A random one, so the way ends where no face is found in what it drew."""
+    from proteus_deploy.tiny.portrait_checkpoint import write_random_portrait
+
+    portrait = write_random_portrait(tmp_path / "portrait")
+    server = serve_process(tmp_path, "--portrait", str(portrait))
+    try:
+        body = {"prompt": "a person waves", "portrait_prompt": "a woman", "seed": 5}
+        answer = httpx2.post(f"{server.url}/v1/videos/sync", json=body, timeout=300)
+        assert answer.status_code == 400
+        assert "seeds 5 to 8 were tried" in answer.json()["error"]["message"]
+    finally:
+        server.kill()
+
+
+def test_a_portrait_model_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The worker says so at the start, and the server ends."""
+    words = ["serve", str(MODEL), "--data-dir", str(tmp_path / "data"), "--port", "0"]
+    assert main([*words, "--portrait", str(tmp_path)]) == 2
+    assert f"{tmp_path} has no portrait.json" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 
 from proteus_deploy.errors import BackendError, InputError
 from proteus_deploy.serving.jobs import Claim, JobNotFound
-from proteus_deploy.serving.results import ResultFolder, Results
+from proteus_deploy.serving.results import ResultFolder, Results, portrait_name, video_name
 from proteus_deploy.serving.shared_results import SharedResults, open_results
 
 Saving = Callable[[bytes], Callable[[Path], None]]
@@ -81,6 +81,25 @@ def test_sweeping_leaves_the_young_to_their_commit(
     time.sleep(1.1)  # S3 dates objects to the second
     assert there.sweep(lambda: {kept.name}) == [orphan.name]
     assert there.path(kept.name).read_bytes() == b"x"
+
+
+def test_a_portrait_goes_where_its_video_goes(
+    two: tuple[Results, Results], new_claim: NewClaim, saving: Saving
+) -> None:
+    here, there = two
+    kept, orphan = new_claim(), new_claim()
+    for claim in (kept, orphan):
+        here.write_portrait(claim, b"png")
+    name = here.write(kept, saving(b"x")).name
+    time.sleep(1.1)  # S3 dates objects to the second
+    assert there.sweep(lambda: {name}) == [portrait_name(video_name(orphan))]
+    for results in two:
+        assert results.path(portrait_name(name)).read_bytes() == b"png"
+    here.remove([name])
+    there.remove([name])  # its copies
+    for results in two:
+        with pytest.raises(JobNotFound):
+            results.path(portrait_name(name))
 
 
 def test_a_failed_write_stores_nothing(bucket: str, tmp_path: Path, new_claim: NewClaim) -> None:

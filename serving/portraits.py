@@ -1,0 +1,162 @@
+"""Reference portraits that a worker draws for jobs without a photo."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+from proteus_deploy.errors import InputError
+from proteus_deploy.reporting import Report, no_report
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from proteus_deploy.pipeline import Pipeline
+    from proteus_deploy.portrait.painter import Painter
+    from proteus_deploy.portrait.plan import CacheSettings
+    from proteus_deploy.portrait.sampling import Sampling
+    from proteus_deploy.reference_portrait import Portrait
+    from proteus_deploy.serving.messages import PipelineChoice
+    from proteus_deploy.serving.progress import JobProgress
+    from proteus_deploy.stage_cache import StageCache
+
+__all__ = ["Portraits", "drawn_facts", "portrait_model", "portrait_of"]
+
+
+def portrait_model(choice: PipelineChoice) -> Path | None:
+    """The folder of the portrait model that goes with a pipeline; None where there is none."""
+    from proteus_deploy.reference_portrait import portrait_folder
+
+    if choice.portrait is not None:
+        return Path(choice.portrait)
+    return portrait_folder(choice.folder) if choice.kind == "bundle" else None
+
+
+def portrait_of(
+    portraits: Portraits | None, request: Mapping[str, Any], progress: JobProgress, cancel: Event
+) -> Portrait | None:
+    """The portrait of a job that came without a photo, None of another; drawn with the job's seed.
+
+    portraits: None for a worker without a model, which raises InputError. Raises as `draw_reference`, too.
+    """
+    if request.get("portrait_prompt") is None:
+        return None
+    if portraits is None:  # a server of the same database took the job
+        raise InputError("this server has no portrait model; start each of them with --portrait DIR")
+    portrait = portraits.draw(
+        request["portrait_prompt"],
+        request["seed"],
+        face_index=request.get("face_index"),
+        report=progress.on_portrait,
+        cancel=cancel,
+    )
+    progress.count("portrait")
+    return portrait
+
+
+def drawn_facts(request: Mapping[str, Any], portrait: Portrait) -> dict[str, Any]:
+    """What a video and the PNG say of a job's portrait."""
+    return {"prompt": request["portrait_prompt"], "seed": portrait.seed}
+
+
+class Portraits:
+    """A worker's portrait model, in memory beside the pipeline; under `low_memory` only while it draws."""
+
+    def __init__(self, choice: PipelineChoice, pipeline: Pipeline, cache: StageCache | None = None) -> None:
+        """Opens the model in either case, so that one which can't be opened is an error of the start.
+
+        cache: also keeps portraits, for requests that come again.
+        Raises CheckpointError for the model, InputError without one or for a pipeline that reads no photos.
+        """
+        from proteus_deploy.portrait.opening import open_painter
+        from proteus_deploy.reference_portrait import painter_device
+
+        folder = portrait_model(choice)
+        if folder is None:
+            raise InputError("there is no portrait model here; start the server with --portrait DIR")
+        device = painter_device(folder, choice.device, pipeline.backend.device)
+        self._open = partial(open_painter, folder, device=device)
+        self._encoder, self._cache = pipeline.identity_encoder, cache
+        painter = self._open()
+        self._own = painter.sampling, painter.cache
+        self._painter = None if choice.low_memory else painter
+
+    def draw(
+        self,
+        prompt: str,
+        seed: int,
+        *,
+        face_index: int | None = None,
+        report: Report = no_report,
+        cancel: Event | None = None,
+    ) -> Portrait:
+        """See `reference_portrait.draw_reference`: the same prompt and seed give the same portrait."""
+        from proteus_deploy.reference_portrait import draw_reference
+
+        kept = self._painter
+        painter = _Remembering(self._open if kept is None else lambda: kept, *self._own, self._cache)
+        return draw_reference(
+            painter, self._encoder, prompt, seed, face_index=face_index, report=report, cancel=cancel
+        )
+
+
+class _Remembering:
+    """A `Painter` over a cache: it opens the model when a picture isn't there, and lets it go at its own end.
+
+    The cache lives as long as the process, which has one portrait model; so a caption, a seed and settings
+    are all that tells pictures apart.
+    """
+
+    def __init__(
+        self,
+        open_model: Callable[[], Painter],
+        sampling: Sampling,
+        cache: CacheSettings,
+        pictures: StageCache | None,
+    ) -> None:
+        self.sampling, self.cache = sampling, cache
+        self._open, self._pictures = open_model, pictures
+        self._painter: Painter | None = None
+
+    def draw(
+        self,
+        captions: Sequence[str],
+        *,
+        sampling: Sampling | None = None,
+        cache: CacheSettings | None = None,
+        seeds: Sequence[int] | None = None,
+        report: Report = no_report,
+        cancel: Event | None = None,
+    ) -> list[NDArray[np.uint8]]:
+        """See `Painter.draw`; each caption is drawn by itself, whatever comes beside it."""
+        from proteus_deploy.stage_cache import content_key
+
+        sampling, cache = sampling or self.sampling, cache or self.cache
+        seeds = range(sampling.seed, sampling.seed + len(captions)) if seeds is None else seeds
+        settings = json.dumps([asdict(sampling), asdict(cache)], sort_keys=True)
+        found = []
+        for caption, seed in zip(captions, seeds, strict=True):
+
+            def compute(caption: str = caption, seed: int = seed) -> dict[str, Tensor]:
+                import torch
+
+                self._painter = self._painter or self._open()
+                (picture,) = self._painter.draw(
+                    [caption], sampling=sampling, cache=cache, seeds=[seed], report=report, cancel=cancel
+                )
+                return {"picture": torch.tensor(picture)}  # a copy: the array may be read-only
+
+            if self._pictures is None:
+                made = compute()
+            else:
+                facts = {"caption": caption, "seed": str(seed), "settings": settings}
+                made = self._pictures.result(content_key("portrait", {}, facts), compute)
+            found.append(made["picture"].numpy())
+        return found
