@@ -48,6 +48,7 @@ LAYERS = (
         "denoising",
         "video",
         "pipeline",
+        "reference_portrait",
     ),
     ("export",),
     ("evaluate", "training", "personalize"),

@@ -78,7 +78,7 @@ def test_wheel_holds_the_tree_and_one_import_name(wheel: Path, repository: Path)
     }
     networks = {
         file.relative_to(repository).as_posix()
-        for folder in ("model", "encoders")
+        for folder in ("model", "encoders", "portrait_model")
         for file in (repository / "proteus_deploy" / "tiny" / folder).rglob("*")
         if file.is_file()
     }
