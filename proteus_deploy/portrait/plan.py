@@ -21,7 +21,7 @@ POLICIES: Mapping[str, str] = {
 }
 
 _PREFIX_SHARE = 0.05  # of an image's tokens, beside the condition
-_WINDOW_ROWS = 2
+_WINDOW_ROWS = 1
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class CacheSettings:
     policy: a name in `POLICIES`. budget: share of an image's positions that a layer has room for, its
     condition's among them. The other fields are `CachePlan`'s.
     prefix: first tokens of the image that stay, beside the whole condition; by default 5%, which set palette
-    and style. window: by default two rows and one, so that the token above the next one is inside.
+    and style. window: by default a row and one, so that the token above the next one is inside.
     cadence: by default a thirty-second of the slots.
 
     Raises InputError for a share outside (0, 1].
