@@ -4,7 +4,8 @@ Every kernel is timed beside its reference, eager and compiled, in interleaved r
 (or a small one, to rehearse). Its share of the floor is taken: the larger of its bytes by the measured copy
 rate and its FLOPs by the measured product rate. Outputs are compared before anything is timed.
 
-Axes: B batch, L text tokens, N video tokens, d width, H heads of identity attention, Q face tokens.
+Axes: B batch, L text tokens, N video tokens, d width, H heads of identity attention, Q face tokens; of a
+cache, S slots, D head size, G heads.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from proteus_deploy.benchmarks.ceilings import copy_rate, launch_many, launches, product_rate
 from proteus_deploy.benchmarks.timing import Spread, interleave
 from proteus_deploy.errors import ComputationError
+from proteus_deploy.kernels.decode_attention import fused_decode_attention
 from proteus_deploy.kernels.gated_residual_norm import fused_gated_residual_norm
 from proteus_deploy.kernels.identity_attention import (
     FoldedIdentity,
@@ -42,7 +45,10 @@ _WARM_UPS = 3
 
 @dataclass(frozen=True)
 class KernelSize:
-    """Batch, text and video tokens, width, size of an attention head; identity heads, their size, tokens."""
+    """Batch, text and video tokens, width, size of an attention head; identity heads, their size, tokens.
+
+    images: drawn at a time from a cache with that many slots and heads; with guidance, two sequences each.
+    """
 
     batch: int
     text: int
@@ -52,10 +58,15 @@ class KernelSize:
     identity_heads: int
     identity_head: int
     queries: int
+    images: int
+    slots: int
+    cache_heads: int
 
 
-PUBLISHED = KernelSize(2, 226, 17_550, 3072, 64, 16, 128, 32)
-SMALL = KernelSize(2, 3, 20, 64, 32, 2, 16, 4)
+# Of CogVideoX-5B; and of LlamaGen-XL with a caption and half of an image's 32 x 32 tokens, of so many images
+# that keys and values are larger than a GPU's own cache.
+PUBLISHED = KernelSize(2, 226, 17_550, 3072, 64, 16, 128, 32, images=32, slots=632, cache_heads=20)
+SMALL = KernelSize(2, 3, 20, 64, 32, 2, 16, 4, images=2, slots=70, cache_heads=2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +174,17 @@ def kernel_cases(size: KernelSize, device: torch.device, dtype: torch.dtype) -> 
             tolerance=None if exact else TOLERANCES["attention", product],
             long=True,
         )
+    for images in (size.images, 1):
+        cache = (2 * images, size.cache_heads, size.slots, size.head)
+        cached = (normal(2 * images, size.cache_heads, size.head), normal(*cache), normal(*cache))
+        along = normal(2 * images, size.cache_heads, size.head, kind=torch.float32)
+        yield KernelCase(
+            "decode attention, one image" if images == 1 else "decode attention",
+            partial(_decode, *cached, along),
+            bytes=2 * (cached[0].nbytes + cached[1].nbytes) + along.nbytes + 4 * 2 * images * size.slots,
+            flops=6 * cached[1].numel(),
+            published=partial(_decode_eager, *cached, along),
+        )
 
 
 def _attend(query: Tensor, key: Tensor, values: Tensor, product: Product, backend: Backend) -> Tensor:
@@ -170,6 +192,17 @@ def _attend(query: Tensor, key: Tensor, values: Tensor, product: Product, backen
     if backend == "reference":
         return attention(query, key, values)
     return fused_attention(query, key, values, product=product)
+
+
+def _decode(query: Tensor, keys: Tensor, values: Tensor, along: Tensor, backend: Backend) -> Any:
+    return fused_decode_attention(query, keys, values, keys.shape[2], along, backend=backend)
+
+
+def _decode_eager(query: Tensor, keys: Tensor, values: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
+    """PyTorch's own attention over the slots in use, and a product of its own for the scores."""
+    attended = functional.scaled_dot_product_attention(query.unsqueeze(2), keys, values)
+    products = (values @ along.to(values.dtype).unsqueeze(-1)).squeeze(-1).float().sum(dim=1)
+    return attended.squeeze(2), products
 
 
 def measure_kernels(

@@ -1,7 +1,8 @@
 """Compile the Triton kernels for named GPUs without having one, and read what they take.
 
-The launches are those of the published size (49 frames of 480x720, guidance as a batch of two), recorded on
-the meta device, so that the signatures compiled here are those that a GPU would ask for. Registers and local
+The launches are those of the published size (49 frames of 480x720, guidance as a batch of two; for a cache
+LlamaGen-XL's heads and half of an image's positions), recorded on the meta device, so that the signatures
+compiled here are those that a GPU would ask for. Registers and local
 memory are read from the finished cubin by the `cuobjdump` that Triton ships; local memory is where registers
 spill to, and the kernels use none otherwise. Shared memory is in Triton's own metadata.
 """
@@ -32,10 +33,12 @@ TARGETS = (80, 89, 90, 100, 120)
 
 # Batch, tokens, width, heads and head size of CogVideoX-5B; identity heads and face tokens of Proteus-ID.
 _B, _L, _N, _D, _H, _HEAD, _ID_HEADS, _Q = 2, 226, 17_550, 3072, 48, 64, 16, 32
+# Slots of a cache (a caption and half of 32 x 32 tokens), heads; sequences of 32 images with guidance.
+_SLOTS, _CACHE_HEADS, _SEQUENCES = 632, 20, 64
 
 _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-    torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv", torch.int32: "*i32", torch.bool: "*i1",
 }  # fmt: skip
 
 
@@ -86,6 +89,19 @@ def published_launches(dtype: torch.dtype = torch.bfloat16) -> tuple[Launch, ...
         run("gated_residual_norm.triton", "forward", text, hidden, joint, *vectors, *affine, 1e-5)
         for product in ("tokens", "int8", "fp8"):  # the 8-bit forms record their rounding as well
             run("joint_attention.triton", "forward", heads, heads, heads, product)
+        # As a cache calls it; and for one image, in splits, with keys that four queries share.
+        for sequences, groups in ((_SEQUENCES, _CACHE_HEADS), (_B, _CACHE_HEADS // 4)):
+            cached = empty(sequences, groups, _SLOTS, _HEAD)
+            query = empty(sequences, _CACHE_HEADS, _HEAD)
+            along = empty(sequences, groups, _HEAD, kind=torch.float32)
+            lengths, seen = None, None
+            if groups != _CACHE_HEADS:
+                lengths = empty(sequences, kind=torch.int32)
+                seen = empty(sequences, _SLOTS, kind=torch.bool)
+            run(
+                "decode_attention.triton", "forward", query, cached, cached, lengths, _SLOTS, along, seen,
+                _HEAD**-0.5, per_head=False,
+            )  # fmt: skip
     return tuple(launches)
 
 
@@ -190,7 +206,7 @@ def _compile(launch: Launch, config: LaunchConfig, target: int, *, default: bool
 
 def _dtypes(launch: Launch) -> str:
     """Of the tokens, and of what they meet or become where that is another one: 8-bit forms have two."""
-    names = ("hidden", "video", "query", "value", "query_out")
+    names = ("hidden", "video", "query", "value", "query_out", "out")
     tensors = [launch.arguments[name] for name in names if name in launch.arguments]
     return " and ".join(dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in tensors))
 

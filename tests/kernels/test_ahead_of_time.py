@@ -23,11 +23,13 @@ from proteus_deploy.kernels.ahead_of_time import (
 from proteus_deploy.kernels.launch import SHARED_LIMIT_KIB
 
 KERNELS = {
+    "decode_attention_kernel",
     "gated_residual_norm_kernel",
     "identity_attention_kernel",
     "identity_attention_hidden_gradient_kernel",
     "identity_attention_score_gradient_kernel",
     "identity_attention_small_gradient_kernel",
+    "join_splits_kernel",
     "joint_attention_kernel",
     "modulated_norm_kernel",
     "qk_norm_rotary_kernel",

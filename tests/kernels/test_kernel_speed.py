@@ -14,7 +14,7 @@ from proteus_deploy.benchmarks.kernel_speed import PUBLISHED, SMALL, kernel_case
 APPROXIMATE = ["joint attention, int8", "joint attention, fp8"]
 NAMES = [
     "identity attention", "modulated norm", "QK norm and rotary", "gated residual and norm",
-    "joint attention", *APPROXIMATE,
+    "joint attention", *APPROXIMATE, "decode attention", "decode attention, one image",
 ]  # fmt: skip
 
 
@@ -29,6 +29,9 @@ def test_work_is_that_of_the_kernels_pages() -> None:
     assert round(cases["joint attention"].flops / 1e12, 1) == 7.8
     assert round(cases["joint attention"].bytes / 1e6) == 874
     assert round(cases["joint attention, int8"].bytes / 1e6) == 1311
+    assert round(cases["decode attention"].bytes / 1e6) == 208
+    assert round(cases["decode attention"].flops / 1e9, 2) == 0.31
+    assert round(cases["decode attention, one image"].bytes / 1e6, 1) == 6.5
 
 
 def test_rows_of_the_rehearsal(device: torch.device) -> None:
@@ -55,7 +58,7 @@ def test_the_command_writes_its_claims(
     assert len(verdicts) == 8
     assert verdicts["joint attention, int8, over PyTorch's own"] != "not known"
     assert verdicts["the exact loop over the published form"] == "not known"
-    assert len(json.loads((tmp_path / "kernels.json").read_text())["rows"]) == 7
+    assert len(json.loads((tmp_path / "kernels.json").read_text())["rows"]) == 9
     assert "the exact loop over the published form: not measured" in capsys.readouterr().out
 
 
