@@ -23,7 +23,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ from proteus_deploy.training.tiny_portrait.drawn_photos import draw_photos
 __all__ = ["main"]
 
 _VALIDATION = tuple(range(100, 130))  # neither held out nor trained on
-_BUDGETS = (0.75, 0.5, 0.35, 0.25)
+_LARGE, _BUDGETS = 0.75, (0.5, 0.35, 0.25)
 _POLICIES = ("adsa", "sink-window", "random", "uniform", "attention")
 _JUDGE_PHOTOS = 24_000
 _FORCED = 60  # wishes of the forced agreement
@@ -69,18 +69,21 @@ class Cell:
     cache: CacheSettings
 
 
-def cells(ablations: bool) -> list[Cell]:
-    """Dense first. Ablations change one part of ADSA at a time, at a budget where it matters."""
+def cells(own: CacheSettings, *, ablations: bool) -> list[Cell]:
+    """Dense first, then what the model's own settings become with another policy and budget.
+
+    Ablations change one part of ADSA at a time, at a budget where it matters.
+    """
     if not ablations:
+        pairs = [("adsa", _LARGE), *((policy, budget) for budget in _BUDGETS for policy in _POLICIES)]
         rows = [
-            Cell(f"{policy} {budget:.0%}", CacheSettings(policy, budget))
-            for budget in _BUDGETS
-            for policy in _POLICIES
+            Cell(f"{policy} {budget:.0%}", replace(own, policy=policy, budget=budget))
+            for policy, budget in pairs
         ]
         return [Cell("dense", DENSE), *rows]
     changes: dict[str, dict[str, Any]] = {
         "as it is": {},
-        "no prefix beside the caption": {"prefix": 0},
+        "prefix of 5% beside the caption": {"prefix": 13},
         "prefix of 10%": {"prefix": 26},
         "window of 1": {"window": 1},
         "window of half a row": {"window": 9},
@@ -92,7 +95,7 @@ def cells(ablations: bool) -> list[Cell]:
         "a choice every 16 steps": {"cadence": 16},
     }
     settings = [
-        Cell(name, CacheSettings(**{"policy": "adsa", "budget": 0.35, **change}))
+        Cell(name, replace(own, **{"policy": "adsa", "budget": 0.35, **change}))
         for name, change in changes.items()
     ]
     return [Cell("dense", DENSE), *settings]
@@ -120,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     photos, _ = draw_photos(given.work / "photos", _JUDGE_PHOTOS)
     measures = Measures(train_judge(given.work / "judge", photos))
-    chosen = cells(given.ablations)
+    chosen = cells(painter.cache, ablations=given.ablations)
     if given.cell:
         chosen = [one for one in chosen if one.name in given.cell or one.name == "dense"]
     rows: list[dict[str, Any]] = []

@@ -25,6 +25,7 @@ from proteus_deploy.portrait.decoding import Decoding
 from proteus_deploy.portrait.painter import TorchPainter
 from proteus_deploy.portrait.plan import DENSE, CacheSettings
 from proteus_deploy.tiny.portrait_checkpoint import RANDOM_GPT, write_random_portrait
+from proteus_deploy.training.tiny_portrait.configs import CACHE
 
 SMALL = replace(RANDOM_GPT, model_type="c2i", cls_token_num=1)
 SPARSE = CacheSettings("adsa", 0.5, prefix=2, window=9, cadence=4)
@@ -101,9 +102,9 @@ def test_forced_agreement_with_itself_is_whole(tmp_path: Path) -> None:
 
 
 def test_rows_of_the_benchmark() -> None:
-    names = [cell.name for cell in portrait_quality.cells(ablations=False)]
-    assert len(names) == len(set(names)) == 21
-    ablations = portrait_quality.cells(ablations=True)
+    names = [cell.name for cell in portrait_quality.cells(CACHE, ablations=False)]
+    assert len(names) == len(set(names)) == 17
+    ablations = portrait_quality.cells(CACHE, ablations=True)
     assert ablations[0].name == "dense"
     assert len({cell.cache for cell in ablations}) == len(ablations)
 
