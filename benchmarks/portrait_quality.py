@@ -83,7 +83,7 @@ def cells(own: CacheSettings, *, ablations: bool) -> list[Cell]:
         return [Cell("dense", DENSE), *rows]
     changes: dict[str, dict[str, Any]] = {
         "as it is": {},
-        "prefix of 5% beside the caption": {"prefix": 13},
+        "no prefix beside the caption": {"prefix": 0},
         "prefix of 10%": {"prefix": 26},
         "window of 1": {"window": 1},
         "window of half a row": {"window": 9},

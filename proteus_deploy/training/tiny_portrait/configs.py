@@ -32,4 +32,4 @@ GPT = GptConfig(
 
 # Chosen on people that are neither trained on nor measured; see docs/portrait.md.
 SAMPLING = Sampling(guidance_scale=2.0, temperature=1.0, top_k=0)
-CACHE = CacheSettings("adsa", 0.5, prefix=0)
+CACHE = CacheSettings("adsa", 0.5)
