@@ -196,7 +196,7 @@ def slot_space(head_size: int, rows: int, dtype: torch.dtype) -> tuple[LaunchCon
 
     if rows == 1:
         points = [
-            config(*point, 8, 128) for point in ((4096, 4, 1), (2048, 4, 1), (4096, 8, 1), (8192, 8, 1))
+            config(*point, 8, 128) for point in ((4096, 4, 1), (2048, 2, 1), (4096, 8, 1), (8192, 8, 1))
         ]
     elif dtype.itemsize == 4:  # products run outside the tensor cores, from registers
         points = [config(*point, _DOT, min(32, block_d)) for point in ((2048, 8, 2), (1024, 4, 2))]
