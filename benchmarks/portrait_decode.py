@@ -29,11 +29,12 @@ from proteus_deploy.benchmarks.machine import describe_commit, describe_machine,
 from proteus_deploy.benchmarks.timing import Spread
 from proteus_deploy.portrait.config import GPT_SIZES, GptConfig
 from proteus_deploy.portrait.decoding import Decoding
+from proteus_deploy.portrait.eviction import make_rule
 from proteus_deploy.portrait.gpt import Gpt
 from proteus_deploy.portrait.plan import DENSE, CacheSettings
 from proteus_deploy.training.tiny_portrait.configs import GPT as TINY
 
-__all__ = ["benchmark_config", "decode_side_by_side", "main"]
+__all__ = ["benchmark_config", "decode_side_by_side", "main", "set_length"]
 
 _GRID = 32
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=0.5)
     parser.add_argument("--cadence", type=int)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--lengths", type=int, help="sample so many lengths in place of every position")
     parser.add_argument("--json", type=Path, required=True)
     given = parser.parse_args(arguments)
     check_writable(given.json)
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpt = random_gpt(config, _DTYPES[given.dtype])
     rounds = []
     for number in range(given.rounds):
-        found = decode_side_by_side(gpt, settings, given.images, seed=number)
+        found = decode_side_by_side(gpt, settings, given.images, seed=number, lengths=given.lengths)
         rounds.append(found)
         whole = {name: sum(seconds) for name, seconds in found["seconds"].items()}
         shown = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in whole.items())
@@ -76,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "sequences": 2 * given.images,
             "dtype": given.dtype,
             "rounds": given.rounds,
+            "lengths": given.lengths,
             "caches": {name: asdict(one) for name, one in settings.items()},
         },
         "rows": summary(rounds),
@@ -111,23 +114,34 @@ def random_gpt(config: GptConfig, dtype: torch.dtype) -> Gpt:
 
 
 def decode_side_by_side(
-    gpt: Gpt, settings: dict[str, CacheSettings], images: int, *, seed: int, tokens: int | None = None
+    gpt: Gpt, settings: dict[str, CacheSettings], images: int, *, seed: int, lengths: int | None = None
 ) -> dict[str, Any]:
     """Seconds of each position for each cache, and the bytes of the caches.
 
-    Every cache takes in the same random tokens. tokens: of the image, all of them by default.
+    Every cache takes in the same random tokens. lengths: sample so many, in the middles of equal parts of the
+    image, each with as many steps as two choices take; None for every position.
     """
     config = gpt.config
     generator = torch.Generator().manual_seed(seed)
     classes = torch.randint(config.num_classes, (images,), generator=generator)
-    total = tokens or config.block_size
+    total = config.block_size
     drawn = torch.randint(config.vocab_size, (total, images), generator=generator)
     decodings = {name: Decoding(gpt, one, classes, guided=True) for name, one in settings.items()}
     for decoding in decodings.values():
         decoding.prefill()
     names = list(decodings)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for position in range(total - 1):
+    starts = [] if lengths is None else [round((part + 0.5) / lengths * total) for part in range(lengths)]
+    if starts:
+        for decoding in decodings.values():
+            decoding.cache.keys.normal_()
+            decoding.cache.values.normal_()
+    sampled = 2 * max(decoding.cache.plan.cadence for decoding in decodings.values())
+    visits = [start + step for start in starts for step in range(sampled)] or range(total - 1)
+    for position in visits:
+        if position in starts:
+            for decoding in decodings.values():
+                set_length(decoding, position)
         turn = position % len(names)
         for name in names[turn:] + names[:turn]:
             seconds[name].append(_timed(decodings[name], drawn[position]))
@@ -136,6 +150,18 @@ def decode_side_by_side(
         "bytes": {name: one.cache.bytes for name, one in decodings.items()},
         "bookkeeping": {name: one.cache.bookkeeping_bytes for name, one in decodings.items()},
     }
+
+
+def set_length(decoding: Decoding, length: int) -> None:
+    """Let a decoding go on from where `length` positions came in; a sparse cache is at most just full.
+
+    Its slots then hold the first positions, in order. Keys and values stay what they are.
+    """
+    cache = decoding.cache
+    cache.seen = cache.filled = min(length, cache.plan.slots)
+    cache.positions[:] = torch.arange(cache.plan.slots)
+    cache.rule = make_rule(cache.plan)
+    decoding.position = length
 
 
 def _timed(decoding: Decoding, tokens: Tensor) -> float:

@@ -25,13 +25,12 @@ import torch
 from proteus_deploy._files import check_writable, write_json
 from proteus_deploy.benchmarks.limited_process import Limits, Outcome, run_limited
 from proteus_deploy.benchmarks.machine import describe_commit, describe_machine, describe_versions
-from proteus_deploy.benchmarks.portrait_decode import benchmark_config, random_gpt
+from proteus_deploy.benchmarks.portrait_decode import benchmark_config, random_gpt, set_length
 from proteus_deploy.portrait.config import GPT_SIZES
 from proteus_deploy.portrait.decoding import Decoding
-from proteus_deploy.portrait.eviction import make_rule
 from proteus_deploy.portrait.plan import DENSE, CacheSettings
 
-__all__ = ["main", "set_length"]
+__all__ = ["main"]
 
 _LENGTHS = (1 / 8, 3 / 8, 5 / 8, 7 / 8)  # midpoints of the quarters of an image
 
@@ -145,18 +144,6 @@ def _time_batch(size: str, settings: CacheSettings, batch: int, lengths: int) ->
         "cache_bytes": decoding.cache.bytes,
         "bookkeeping_bytes": decoding.cache.bookkeeping_bytes,
     }
-
-
-def set_length(decoding: Decoding, length: int) -> None:
-    """Let a decoding go on from where `length` positions came in; a sparse cache is at most just full.
-
-    Its slots then hold the first positions, in order. Keys and values stay what they are.
-    """
-    cache = decoding.cache
-    cache.seen = cache.filled = min(length, cache.plan.slots)
-    cache.positions[:] = torch.arange(cache.plan.slots)
-    cache.rule = make_rule(cache.plan)
-    decoding.position = length
 
 
 if __name__ == "__main__":

@@ -139,6 +139,8 @@ def _conditions(document: Mapping[str, Any]) -> str:
             f"{settings['size']}, {settings['images']} image{'s' * (settings['images'] > 1)} of 1,024 tokens "
             f"with guidance, {settings['dtype']}, medians of {settings['rounds']} rounds"
         )
+        if settings.get("lengths"):
+            said += f", each of steps at {settings['lengths']} lengths"
     return (
         f"{said}; {machine['cpu']}, {machine['cores']} cores; torch {document['versions']['torch']}; commit "
         f"{document['commit'][:12]}."

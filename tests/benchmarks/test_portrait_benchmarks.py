@@ -17,6 +17,7 @@ from proteus_deploy.benchmarks.portrait_decode import (
     benchmark_config,
     decode_side_by_side,
     random_gpt,
+    set_length,
     summary,
 )
 from proteus_deploy.benchmarks.portrait_measures import psnr
@@ -51,6 +52,12 @@ def test_every_cache_does_every_position() -> None:
     assert rows["adsa"]["faster"] == pytest.approx(seconds["dense"] / seconds["adsa"])
 
 
+def test_lengths_are_sampled() -> None:
+    gpt = random_gpt(SMALL, torch.float32)
+    found = decode_side_by_side(gpt, {"dense": DENSE, "adsa": SPARSE}, 1, seed=0, lengths=4)
+    assert {len(seconds) for seconds in found["seconds"].values()} == {4 * 2 * 4}
+
+
 def test_a_decoding_goes_on_from_a_length() -> None:
     gpt = random_gpt(SMALL, torch.float32)
     for settings, filled in ((DENSE, 40), (SPARSE, 33)):
@@ -58,7 +65,7 @@ def test_a_decoding_goes_on_from_a_length() -> None:
         decoding.prefill()
         decoding.cache.keys.normal_()
         decoding.cache.values.normal_()
-        portrait_memory.set_length(decoding, 40)
+        set_length(decoding, 40)
         assert decoding.cache.filled == filled
         for _ in range(6):
             assert torch.isfinite(decoding.step(torch.tensor([1, 2]))).all()
