@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["Redundancy", "Rule", "make_rule", "pairwise_redundancy"]
 
 
+_AT_ONCE = 32  # positions
+
+
 class Rule:
     """How much each slot is worth."""
 
@@ -70,9 +73,11 @@ class Redundancy(Rule):
             positions = cache.positions[..., : cache.filled]
             new = (positions >= start) & (positions < end)
             slots = new.int().topk(count, dim=-1).indices
-            unit, inverse = self._units(cache, slots)
-            self.inverse_norms.scatter_(2, slots, inverse)
-            self.direction += unit.sum(dim=2)
+            # The first time nearly everything joins; some at a time, or its copies would fill the memory.
+            for some in slots.split(_AT_ONCE, dim=-1):
+                unit, inverse = self._units(cache, some)
+                self.inverse_norms.scatter_(2, some, inverse)
+                self.direction += unit.sum(dim=2)
             self._joined = end
             self._count += count
         return self.direction
