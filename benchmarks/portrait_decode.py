@@ -142,6 +142,8 @@ def decode_side_by_side(
         if position in starts:
             for decoding in decodings.values():
                 set_length(decoding, position)
+                # Untimed: at a length that is jumped to, the sum of ADSA takes in everything at once.
+                decoding.step(drawn[position])
         turn = position % len(names)
         for name in names[turn:] + names[:turn]:
             seconds[name].append(_timed(decodings[name], drawn[position]))
