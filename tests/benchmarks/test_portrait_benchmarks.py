@@ -20,7 +20,7 @@ from proteus_deploy.benchmarks.portrait_decode import (
     set_length,
     summary,
 )
-from proteus_deploy.benchmarks.portrait_measures import psnr
+from proteus_deploy.benchmarks.portrait_measures import Wish, psnr
 from proteus_deploy.errors import InputError
 from proteus_deploy.portrait.decoding import Decoding
 from proteus_deploy.portrait.painter import TorchPainter
@@ -100,7 +100,7 @@ def test_a_batch_is_timed(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 
 def test_forced_agreement_with_itself_is_whole(tmp_path: Path) -> None:
     painter = TorchPainter.open(write_random_portrait(tmp_path / "portrait"))
-    wishes = [portrait_quality.Wish(2, 0, 5), portrait_quality.Wish(3, 1, 6)]
+    wishes = [Wish(2, 0, 5), Wish(3, 1, 6)]
     captions = [wish.caption for wish in wishes]
     dense = painter.draw_tokens(captions, cache=DENSE, seeds=[5, 6])
     assert portrait_quality.forced_agreement(painter, DENSE, wishes, dense) == [1.0, 1.0]

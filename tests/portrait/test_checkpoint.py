@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,10 @@ def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     document = json.loads(file.read_text())
     edit(document)
     file.write_text(json.dumps(document))
+
+
+def _names(name: str, ending: str, document: dict[str, Any]) -> None:
+    document[f"{name}_file"] = name + ending
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -81,12 +86,12 @@ def test_the_published_pickles_load(portrait_folder: Path, tmp_path: Path) -> No
         if name == "vq":
             weights["quantize.codebook_used"] = torch.zeros(65536)
         torch.save({wrapper: weights, "steps": 3}, folder / f"{name}.pt")
-        change(folder, lambda document, name=name: document.update({f"{name}_file": f"{name}.pt"}))
+        change(folder, partial(_names, name, ".pt"))
     with pytest.raises(CheckpointError, match=r"gpt\.pt is no \.safetensors file.*proteus-deploy convert"):
         TorchPainter.open(folder)
     for name in ("gpt", "vq"):
         convert(folder / f"{name}.pt")
-        change(folder, lambda document, name=name: document.update({f"{name}_file": f"{name}.safetensors"}))
+        change(folder, partial(_names, name, ".safetensors"))
     want = TorchPainter.open(portrait_folder).draw_tokens([CAPTION])
     assert torch.equal(TorchPainter.open(folder).draw_tokens([CAPTION]), want)
 

@@ -43,7 +43,8 @@ def forward_at_once(gpt: Gpt, features: Tensor, valid: Tensor, tokens: Tensor) -
     seen = torch.nn.functional.pad(valid, (0, length - valid.shape[1]), value=True)
     mask = torch.ones(length, length, dtype=torch.bool).tril() & seen[:, None]
     mask = (mask | torch.eye(length, dtype=torch.bool)).unsqueeze(1)
-    return gpt(embedded, gpt.rotary[:length], mask=mask)[:, valid.shape[1] - 1 :]
+    logits: Tensor = gpt(embedded, gpt.rotary[:length], mask=mask)
+    return logits[:, valid.shape[1] - 1 :]
 
 
 def decode(gpt: Gpt, cache: CacheSettings, features: Tensor, valid: Tensor, tokens: Tensor) -> Tensor:
@@ -55,7 +56,13 @@ def decode(gpt: Gpt, cache: CacheSettings, features: Tensor, valid: Tensor, toke
 
 def test_weights_have_the_published_names() -> None:
     shared = {"tok_embeddings.weight", "norm.weight", "output.weight"}
-    block = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+    block: tuple[str, ...] = (
+        "attention.wqkv",
+        "attention.wo",
+        "feed_forward.w1",
+        "feed_forward.w2",
+        "feed_forward.w3",
+    )
     block += ("attention_norm", "ffn_norm")
     shared |= {f"layers.{layer}.{name}.weight" for layer in range(2) for name in block}
     caption = {"uncond_embedding", "cap_proj.fc1.weight", "cap_proj.fc2.weight"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Event
 
@@ -18,6 +19,7 @@ from proteus_deploy.portrait.checkpoint import PortraitCheckpoint
 from proteus_deploy.portrait.gpt import Gpt
 from proteus_deploy.portrait.painter import TorchPainter
 from proteus_deploy.portrait.vq import VqModel
+from proteus_deploy.reporting import Report
 from proteus_deploy.testing import Tolerance, assert_close
 from proteus_deploy.training.avatars import make_photo, training_seed
 from proteus_deploy.training.randomness import step_generator
@@ -119,28 +121,25 @@ def test_the_decoders_loss_is_the_cross_entropy_of_each_next_token() -> None:
 
 def test_interrupted_training_goes_on(drawn: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
     """Stopped in either part, the same call ends with the bits of one that wasn't."""
-    settings = {
-        "smooth": replace(SMOOTH_SETTINGS, steps=2, warmup=1),
-        "codes": replace(CODE_SETTINGS, steps=3, warmup=1),
-    }
-    whole = train_tokenizer(tmp_path / "whole", *drawn, **settings)
+    train = partial(
+        train_tokenizer,
+        photos=drawn[0],
+        faces=drawn[1],
+        smooth=replace(SMOOTH_SETTINGS, steps=2, warmup=1),
+        codes=replace(CODE_SETTINGS, steps=3, warmup=1),
+    )
+    whole = train(tmp_path / "whole")
     stop = Event()
-
-    def report(what: str, done: int, _total: int) -> None:
-        if (what, done) in {("vq_smooth", 1), ("vq", 2)}:
-            stop.set()
-
-    for _ in range(2):
-        with pytest.raises(Cancelled):
-            train_tokenizer(tmp_path / "parts", *drawn, **settings, report=report, cancel=stop)
+    for moment in (("vq_smooth", 1), ("vq", 2)):
         stop.clear()
-        report = _until(("vq", 2), stop)
-    parts = train_tokenizer(tmp_path / "parts", *drawn, **settings)
+        with pytest.raises(Cancelled):
+            train(tmp_path / "parts", report=_until(moment, stop), cancel=stop)
+    parts = train(tmp_path / "parts")
     for name, value in whole.state_dict().items():
         assert torch.equal(parts.state_dict()[name], value), name
 
 
-def _until(moment: tuple[str, int], stop: Event) -> object:
+def _until(moment: tuple[str, int], stop: Event) -> Report:
     def report(what: str, done: int, _total: int) -> None:
         if (what, done) == moment:
             stop.set()
