@@ -107,10 +107,7 @@ def random_gpt(config: GptConfig, dtype: torch.dtype) -> Gpt:
     for parameter in gpt.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.02)
-    rotary = gpt.rotary
-    gpt = gpt.to(dtype).eval()
-    gpt.rotary = rotary
-    return gpt
+    return gpt.cast(dtype).eval()
 
 
 def decode_side_by_side(

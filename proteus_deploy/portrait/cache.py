@@ -19,7 +19,7 @@ from torch.nn import functional
 from proteus_deploy.errors import InputError
 from proteus_deploy.portrait.config import GptConfig
 from proteus_deploy.portrait.eviction import Redundancy, Rule, make_rule
-from proteus_deploy.portrait.plan import CachePlan
+from proteus_deploy.portrait.plan import KERNELS, CachePlan
 
 __all__ = ["LayerSlots", "SlotCache", "make_cache"]
 
@@ -52,8 +52,8 @@ class SlotCache:
         device: torch.device | str = "cpu",
         kernel: str = "torch",
     ) -> None:
-        if kernel not in ("torch", "triton"):
-            raise InputError(f"kernel is {kernel!r}; choose torch or triton")
+        if kernel not in KERNELS:
+            raise InputError(f"kernel is {kernel!r}; choose {' or '.join(KERNELS)}")
         self.plan = plan
         self.rows = heads if plan.scope == "head" else 1
         self.keys = torch.empty(layers * sequences, heads, plan.slots, head_dim, dtype=dtype, device=device)

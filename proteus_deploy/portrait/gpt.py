@@ -48,6 +48,13 @@ class Gpt(nn.Module):
         self.register_buffer("rotary", table, persistent=False)
         self.rotary: Tensor
 
+    def cast(self, dtype: torch.dtype) -> Gpt:
+        """Weights in this dtype, in place; the rotary table stays in float32."""
+        rotary = self.rotary
+        self.to(dtype)
+        self.rotary = rotary
+        return self
+
     def forward(
         self,
         embeddings: Tensor,

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from proteus_deploy.errors import CheckpointError, InputError
+from proteus_deploy.errors import CheckpointError
 from proteus_deploy.portrait.decoding import choose_seeds, run_decoding
-from proteus_deploy.portrait.painter import check_captions, to_pictures
+from proteus_deploy.portrait.painter import TokenPainter, check_captions, to_pictures, weight_dtype
 from proteus_deploy.portrait.plan import CacheSettings
 from proteus_deploy.portrait.sampling import Sampling
 from proteus_deploy.reporting import Report, no_report
@@ -43,7 +43,7 @@ def is_janus(folder: str | Path) -> bool:
     return file.is_file() and read_json(file).get("model_type") == "janus"
 
 
-class JanusPainter:
+class JanusPainter(TokenPainter):
     """A Janus checkpoint in PyTorch, for drawing only; see `painter.Painter`.
 
     folder: as transformers publishes it: config.json, safetensors, tokenizer.json, a chat template.
@@ -84,23 +84,6 @@ class JanusPainter:
     def grid_size(self) -> int:
         """Tokens of an image, across and down."""
         return int(self.model.config.vq_config.num_patches)
-
-    def draw(
-        self,
-        captions: Sequence[str],
-        *,
-        sampling: Sampling | None = None,
-        cache: CacheSettings | None = None,
-        seeds: Sequence[int] | None = None,
-        report: Report = no_report,
-        cancel: Event | None = None,
-    ) -> list[NDArray[np.uint8]]:
-        """See `painter.Painter.draw`."""
-        return self.pictures(
-            self.draw_tokens(
-                captions, sampling=sampling, cache=cache, seeds=seeds, report=report, cancel=cancel
-            )
-        )
 
     def draw_tokens(
         self,
@@ -230,9 +213,7 @@ def _load_tokenizer(folder: Path) -> Any:
 def _load_model(folder: Path, dtype: str) -> Any:
     from transformers import JanusForConditionalGeneration
 
-    kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise InputError(f"dtype is {dtype!r}; choose float32, bfloat16 or float16")
+    kind = weight_dtype(dtype)
     try:
         with _no_progress_bars():
             loaded: Any = JanusForConditionalGeneration.from_pretrained(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from proteus_deploy.errors import BackendError, InputError
 from proteus_deploy.portrait.captions import CaptionEncoder
 from proteus_deploy.portrait.onnx_bundle import PortraitBundle
-from proteus_deploy.portrait.painter import check_captions, to_pictures
+from proteus_deploy.portrait.painter import TokenPainter, check_captions, to_pictures
 from proteus_deploy.portrait.plan import CacheSettings
 from proteus_deploy.portrait.sampling import Sampling
 from proteus_deploy.reporting import Report, no_report
@@ -30,7 +30,7 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _NEXT = "next_"  # what an output that becomes an input is called
 
 
-class OnnxPainter:
+class OnnxPainter(TokenPainter):
     """Draws with the cache that the bundle was exported with; see `Painter`.
 
     device: cpu or cuda. threads: of ONNX Runtime for one operator; None leaves that to it.
@@ -49,22 +49,6 @@ class OnnxPainter:
     def open(cls, folder: str | Path, *, device: str = "cpu", threads: int | None = None) -> OnnxPainter:
         """Open a folder that holds a portrait bundle. Raises BundleError naming the file at fault."""
         return cls(PortraitBundle.open(folder), device=device, threads=threads)
-
-    def draw(
-        self,
-        captions: Sequence[str],
-        *,
-        sampling: Sampling | None = None,
-        cache: CacheSettings | None = None,
-        seeds: Sequence[int] | None = None,
-        report: Report = no_report,
-        cancel: Event | None = None,
-    ) -> list[NDArray[np.uint8]]:
-        """See `Painter.draw`. Raises InputError, too, for another cache than the bundle's."""
-        tokens = self.draw_tokens(
-            captions, sampling=sampling, cache=cache, seeds=seeds, report=report, cancel=cancel
-        )
-        return self.pictures(tokens)
 
     def draw_tokens(
         self,

@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypedDict, Unpack
 
 from proteus_deploy.errors import InputError
 from proteus_deploy.portrait.checkpoint import PortraitCheckpoint
-from proteus_deploy.portrait.plan import CacheSettings
+from proteus_deploy.portrait.plan import KERNELS, CacheSettings
 from proteus_deploy.portrait.sampling import Sampling
 from proteus_deploy.reporting import Report, no_report
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
     from torch import Tensor
 
-__all__ = ["Painter", "TorchPainter"]
+__all__ = [
+    "DrawOptions",
+    "Painter",
+    "TokenPainter",
+    "TorchPainter",
+    "check_captions",
+    "to_pictures",
+    "weight_dtype",
+]
 
 _MAX_CAPTION_CHARACTERS = 2000
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class DrawOptions(TypedDict, total=False):
+    """How to draw, where it isn't as the painter does by itself.
+
+    seeds: one for each picture; without them `sampling.seed` and those that follow it.
+    """
+
+    sampling: Sampling | None
+    cache: CacheSettings | None
+    seeds: Sequence[int] | None
+    report: Report
+    cancel: Event | None
 
 
 class Painter(Protocol):
@@ -32,29 +56,38 @@ class Painter(Protocol):
     @property
     def cache(self) -> CacheSettings: ...
 
-    def draw(
-        self,
-        captions: Sequence[str],
-        *,
-        sampling: Sampling | None = None,
-        cache: CacheSettings | None = None,
-        seeds: Sequence[int] | None = None,
-        report: Report = no_report,
-        cancel: Event | None = None,
-    ) -> list[NDArray[np.uint8]]:
+    def draw(self, captions: Sequence[str], **options: Unpack[DrawOptions]) -> list[NDArray[np.uint8]]:
         """A picture for each caption, uint8 [H, W, 3], RGB.
 
-        seeds: one for each; without them `sampling.seed` and those that follow it.
         Raises InputError for what can't be drawn, Cancelled between two tokens once `cancel` is set.
         """
         ...
 
 
-class TorchPainter:
+class TokenPainter(ABC):
+    """A painter that writes code numbers first and turns them into pictures then."""
+
+    sampling: Sampling
+    cache: CacheSettings
+
+    def draw(self, captions: Sequence[str], **options: Unpack[DrawOptions]) -> list[NDArray[np.uint8]]:
+        """See `Painter.draw`."""
+        return self.pictures(self.draw_tokens(captions, **options))
+
+    @abstractmethod
+    def draw_tokens(self, captions: Sequence[str], **options: Unpack[DrawOptions]) -> Tensor:
+        """As `draw`, the pictures' code numbers int64 [B, tokens]."""
+
+    @abstractmethod
+    def pictures(self, tokens: Tensor) -> list[NDArray[np.uint8]]:
+        """Code numbers int64 [B, tokens] as pictures uint8 [H, W, 3]."""
+
+
+class TorchPainter(TokenPainter):
     """A portrait checkpoint in PyTorch, float32 unless `dtype` says otherwise.
 
     kernel: "torch", or "triton" for attention and ADSA's products in one kernel.
-    Raises CheckpointError where the weights don't fit.
+    Raises CheckpointError where the weights don't fit, InputError for another dtype or kernel.
     """
 
     def __init__(
@@ -65,38 +98,19 @@ class TorchPainter:
         dtype: str = "float32",
         kernel: str = "torch",
     ) -> None:
-        import torch
-
         self.checkpoint = checkpoint
         self.sampling, self.cache = checkpoint.sampling, checkpoint.cache
+        if kernel not in KERNELS:
+            raise InputError(f"kernel is {kernel!r}; choose {' or '.join(KERNELS)}")
         self._kernel = kernel
         self.captions = checkpoint.caption_encoder()
-        self.gpt = checkpoint.build_gpt().to(device)
-        rotary = self.gpt.rotary
-        self.gpt = self.gpt.to(getattr(torch, dtype))
-        self.gpt.rotary = rotary  # angles stay in float32
+        self.gpt = checkpoint.build_gpt().to(device).cast(weight_dtype(dtype))
         self.vq = checkpoint.build_vq().to(device)
 
     @classmethod
     def open(cls, folder: str | Path, **options: str) -> TorchPainter:
         """Open a folder with `portrait.json`; options as in the constructor."""
         return cls(PortraitCheckpoint.open(folder), **options)
-
-    def draw(
-        self,
-        captions: Sequence[str],
-        *,
-        sampling: Sampling | None = None,
-        cache: CacheSettings | None = None,
-        seeds: Sequence[int] | None = None,
-        report: Report = no_report,
-        cancel: Event | None = None,
-    ) -> list[NDArray[np.uint8]]:
-        """See `Painter.draw`."""
-        tokens = self.draw_tokens(
-            captions, sampling=sampling, cache=cache, seeds=seeds, report=report, cancel=cancel
-        )
-        return self.pictures(tokens)
 
     def draw_tokens(
         self,
@@ -133,6 +147,16 @@ class TorchPainter:
         with torch.no_grad():
             decoded = torch.cat([self.vq.decode(some) for some in tokens.split(16)])
         return list(to_pictures(decoded))
+
+
+def weight_dtype(name: str) -> torch.dtype:
+    """Of a decoder's weights. Raises InputError for another name than the three."""
+    import torch
+
+    if name not in _DTYPES:
+        raise InputError(f"dtype is {name!r}; choose {', '.join(_DTYPES)}")
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def check_captions(captions: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from proteus_deploy.errors import InputError
 
-__all__ = ["DENSE", "POLICIES", "CachePlan", "CacheSettings"]
+__all__ = ["DENSE", "KERNELS", "POLICIES", "CachePlan", "CacheSettings"]
 
 POLICIES: Mapping[str, str] = {
     "dense": "keeps everything",
@@ -19,6 +19,9 @@ POLICIES: Mapping[str, str] = {
     "uniform": "keeps evenly spaced ones",
     "attention": "gives up those that got the least attention so far (H2O)",
 }
+
+# What computes a step: PyTorch, or one pass over keys and values for attention and ADSA together.
+KERNELS = ("torch", "triton")
 
 _PREFIX_SHARE = 0.05  # of an image's tokens, beside the condition
 _WINDOW_ROWS = 1

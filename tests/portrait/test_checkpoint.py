@@ -117,6 +117,19 @@ def test_half_precision_draws_too(portrait_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"dtype": "float64"}, "dtype is 'float64'; choose float32, bfloat16, float16"),
+        ({"dtype": "half precision"}, "dtype is 'half precision'"),
+        ({"kernel": "cuda"}, "kernel is 'cuda'; choose torch or triton"),
+    ],
+)
+def test_options_that_are_refused(portrait_folder: Path, option: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TorchPainter.open(portrait_folder, **option)
+
+
+@pytest.mark.parametrize(
     ("edit", "message"),
     [
         (lambda d: d.pop("gpt"), r"gpt is None; an object belongs there"),
