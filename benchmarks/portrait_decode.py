@@ -27,6 +27,7 @@ from torch import Tensor
 from proteus_deploy._files import check_writable, write_json
 from proteus_deploy.benchmarks.machine import describe_commit, describe_machine, describe_versions
 from proteus_deploy.benchmarks.timing import Spread
+from proteus_deploy.errors import InputError
 from proteus_deploy.portrait.config import GPT_SIZES, GptConfig
 from proteus_deploy.portrait.decoding import Decoding
 from proteus_deploy.portrait.eviction import make_rule
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", choices=(*GPT_SIZES, "tiny"), default="GPT-B")
     parser.add_argument("--images", type=int, default=8, help="in a batch; guidance doubles it")
     parser.add_argument("--dtype", choices=tuple(_DTYPES), default="fp32")
+    parser.add_argument("--cache-dtype", choices=tuple(_DTYPES), help="(default: that of the weights)")
     parser.add_argument("--policy", action="append", help="beside dense (default: adsa)")
     parser.add_argument("--budget", type=float, default=0.5)
     parser.add_argument("--cadence", type=int)
@@ -61,7 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpt = random_gpt(config, _DTYPES[given.dtype])
     rounds = []
     for number in range(given.rounds):
-        found = decode_side_by_side(gpt, settings, given.images, seed=number, lengths=given.lengths)
+        found = decode_side_by_side(
+            gpt,
+            settings,
+            given.images,
+            seed=number,
+            lengths=given.lengths,
+            cache_dtype=None if given.cache_dtype is None else _DTYPES[given.cache_dtype],
+        )
         rounds.append(found)
         whole = {name: sum(seconds) for name, seconds in found["seconds"].items()}
         shown = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in whole.items())
@@ -77,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "images": given.images,
             "sequences": 2 * given.images,
             "dtype": given.dtype,
+            "cache_dtype": given.cache_dtype or given.dtype,
             "rounds": given.rounds,
             "lengths": given.lengths,
             "caches": {name: asdict(one) for name, one in settings.items()},
@@ -111,7 +121,13 @@ def random_gpt(config: GptConfig, dtype: torch.dtype) -> Gpt:
 
 
 def decode_side_by_side(
-    gpt: Gpt, settings: dict[str, CacheSettings], images: int, *, seed: int, lengths: int | None = None
+    gpt: Gpt,
+    settings: dict[str, CacheSettings],
+    images: int,
+    *,
+    seed: int,
+    lengths: int | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Seconds of each position for each cache, and the bytes of the caches.
 
@@ -123,17 +139,24 @@ def decode_side_by_side(
     classes = torch.randint(config.num_classes, (images,), generator=generator)
     total = config.block_size
     drawn = torch.randint(config.vocab_size, (total, images), generator=generator)
-    decodings = {name: Decoding(gpt, one, classes, guided=True) for name, one in settings.items()}
+    decodings = {
+        name: Decoding(gpt, one, classes, guided=True, cache_dtype=cache_dtype)
+        for name, one in settings.items()
+    }
     for decoding in decodings.values():
         decoding.prefill()
     names = list(decodings)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     starts = [] if lengths is None else [round((part + 0.5) / lengths * total) for part in range(lengths)]
+    sampled = 2 * max(decoding.cache.plan.cadence for decoding in decodings.values())
     if starts:
+        if starts[-1] + sampled > total:
+            raise InputError(
+                f"{lengths} lengths are too many: the last leaves no room for {sampled} steps before the end"
+            )
         for decoding in decodings.values():
             decoding.cache.keys.normal_()
             decoding.cache.values.normal_()
-    sampled = 2 * max(decoding.cache.plan.cadence for decoding in decodings.values())
     visits = [start + step for start in starts for step in range(sampled)] or range(total - 1)
     for position in visits:
         if position in starts:

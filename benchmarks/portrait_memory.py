@@ -26,6 +26,7 @@ from proteus_deploy._files import check_writable, write_json
 from proteus_deploy.benchmarks.limited_process import Limits, Outcome, run_limited
 from proteus_deploy.benchmarks.machine import describe_commit, describe_machine, describe_versions
 from proteus_deploy.benchmarks.portrait_decode import benchmark_config, random_gpt, set_length
+from proteus_deploy.errors import InputError
 from proteus_deploy.portrait.config import GPT_SIZES
 from proteus_deploy.portrait.decoding import Decoding
 from proteus_deploy.portrait.plan import DENSE, CacheSettings
@@ -98,6 +99,8 @@ class _Search:
                 over = middle
         while fits and not self._fits(fits, timed=True):  # what is timed takes a little more
             fits -= 1
+        if not fits:
+            raise InputError("not one image fits the memory; choose a larger --memory-gib")
         return fits
 
     def _fits(self, batch: int, *, timed: bool) -> bool:

@@ -137,7 +137,8 @@ def _conditions(document: Mapping[str, Any]) -> str:
     else:
         said = (
             f"{settings['size']}, {settings['images']} image{'s' * (settings['images'] > 1)} of 1,024 tokens "
-            f"with guidance, {settings['dtype']}, medians of {settings['rounds']} rounds"
+            f"with guidance, weights in {settings['dtype']}, cache in "
+            f"{settings.get('cache_dtype', settings['dtype'])}, medians of {settings['rounds']} rounds"
         )
         if settings.get("lengths"):
             said += f", each of steps at {settings['lengths']} lengths"
@@ -164,15 +165,13 @@ def plot(document: Mapping[str, Any]) -> str:
     dense = found["dense", 1.0]
     lines = []
     for policy in _PLOTTED:
-        rows = [found.get((policy, budget), dense) for budget in budgets]
-        lines.append(
-            Line(
-                policy,
-                tuple(100 * row["mean"] for row in rows),
-                tuple(100 * row["ci_low"] for row in rows),
-                tuple(100 * row["ci_high"] for row in rows),
-            )
+        # At 100% every policy is dense; elsewhere a gap is what wasn't drawn.
+        rows = [dense if budget == 1 else found.get((policy, budget)) for budget in budgets]
+        mean, low, high = (
+            tuple(None if row is None else 100 * row[name] for row in rows)
+            for name in ("mean", "ci_low", "ci_high")
         )
+        lines.append(Line(policy, mean, low, high))
     x = [100 * budget for budget in budgets]
     return line_plot("Looks that are as written", x, lines, x_label="budget, %", y_label="%")
 

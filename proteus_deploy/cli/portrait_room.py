@@ -20,7 +20,7 @@ def cache_room(
     from proteus_deploy.portrait.onnx_painter import OnnxPainter
     from proteus_deploy.portrait.painter import TorchPainter
 
-    if isinstance(painter, TorchPainter) and painter.checkpoint.tokenizer is not None:
+    if isinstance(painter, TorchPainter):
         slots, positions, size = _of_checkpoint(painter, prompt, sampling, cache)
         return {"slots": slots, "positions": positions, "cache_bytes": size}
     if isinstance(painter, OnnxPainter):
@@ -32,12 +32,8 @@ def cache_room(
 def _of_checkpoint(
     painter: TorchPainter, prompt: str, sampling: Sampling, cache: CacheSettings
 ) -> tuple[int, int, int]:
-    from proteus_deploy.tokens import Tokenizer
-
-    gpt, tokenizer = painter.checkpoint.gpt, painter.checkpoint.tokenizer
-    assert tokenizer is not None
-    _, mask = Tokenizer(tokenizer)(prompt.strip().lower(), gpt.cls_token_num)
-    condition = int(mask.sum())  # padding isn't kept
+    gpt = painter.checkpoint.gpt
+    condition = painter.captions.ids(prompt).shape[1]  # padding isn't kept
     slots = cache.plan(condition, gpt.block_size, gpt.grid_size).slots
     sequences = 2 if sampling.guidance_scale > 1 else 1
     size = gpt.cache_bytes(slots, sequences, painter.gpt.tok_embeddings.weight.element_size())

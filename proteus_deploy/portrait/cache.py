@@ -19,7 +19,7 @@ from torch.nn import functional
 from proteus_deploy.errors import InputError
 from proteus_deploy.portrait.config import GptConfig
 from proteus_deploy.portrait.eviction import Redundancy, Rule, make_rule
-from proteus_deploy.portrait.plan import KERNELS, CachePlan
+from proteus_deploy.portrait.plan import CachePlan, check_kernel
 
 __all__ = ["LayerSlots", "SlotCache", "make_cache"]
 
@@ -30,8 +30,11 @@ class SlotCache:
     A choice is made for all layers at once, when the first of them comes to a new position, so it takes no
     more calls than for one. Each layer has slots of its own, as each sequence does.
 
+    dtype: of keys and values, whatever the queries have; attention runs in it and answers in the queries'.
     sequences: B. heads: G. layers: how many share the object, one after the other in the axis of sequences.
-    kernel: "torch", or "triton" for one pass over keys and values for attention and ADSA's products together.
+    kernel: "torch", or "triton" for one pass over keys and values for attention and ADSA's products together;
+    the products of scope "head" are still taken apart. Raises InputError for "triton" with a policy that asks
+    for attention weights.
 
     seen: positions that came in, so the next one's number. filled: slots in use.
     keys, values: [layers B, G, S, D]. positions: int64 [layers B, R, S], the number of the position in each
@@ -52,8 +55,7 @@ class SlotCache:
         device: torch.device | str = "cpu",
         kernel: str = "torch",
     ) -> None:
-        if kernel not in KERNELS:
-            raise InputError(f"kernel is {kernel!r}; choose {' or '.join(KERNELS)}")
+        check_kernel(kernel)
         self.plan = plan
         self.rows = heads if plan.scope == "head" else 1
         self.keys = torch.empty(layers * sequences, heads, plan.slots, head_dim, dtype=dtype, device=device)
@@ -63,14 +65,19 @@ class SlotCache:
         )
         self.seen = self.filled = 0
         self.offloaded: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._layers, self._sequences = layers, sequences
+        self._layers, self.sequences = layers, sequences
         self.rule = make_rule(plan)
+        if kernel == "triton" and self.rule is not None and self.rule.needs_weights:
+            raise InputError(
+                f"the policy {plan.policy!r} asks for attention weights, which the kernel doesn't give; "
+                "choose kernel torch"
+            )
         self.kernel = kernel
 
     @property
     def layers(self) -> list[LayerSlots]:
         """The part of each layer."""
-        return [LayerSlots(self, layer, self._sequences) for layer in range(self._layers)]
+        return [LayerSlots(self, layer, self.sequences) for layer in range(self._layers)]
 
     @property
     def bytes(self) -> int:
@@ -101,17 +108,13 @@ class SlotCache:
                     f"{new} new positions for a cache with {room} of {self.plan.slots} slots free; "
                     "a prompt has to fit, and an image has to end; choose a larger budget"
                 )
-            self._give_up(min(self.plan.cadence, self._candidates()))
+            self._give_up(self.plan.cadence)
         start, end = self.filled, self.filled + new
         if self.rule is not None:
             self.positions[:, :, start:end] = torch.arange(
                 self.seen, self.seen + new, device=self.positions.device
             )
         self.seen, self.filled = self.seen + new, end
-
-    def _candidates(self) -> int:
-        """How many slots may be given up before the next position comes."""
-        return self.filled - self.plan.prefix - (self.plan.window - 1)
 
     def _give_up(self, count: int) -> None:
         assert self.rule is not None
@@ -169,6 +172,7 @@ class LayerSlots:
         Returns [B, H, N, D]. Raises InputError for more new positions than there are free slots.
         """
         keys, values = self.take_in(key, value)
+        given, query = query.dtype, query.to(keys.dtype)
         if mask is None and query.shape[2] > 1:
             past = torch.arange(keys.shape[2], device=query.device)
             mask = past <= past[-query.shape[2] :, None]
@@ -176,12 +180,14 @@ class LayerSlots:
             mask = functional.pad(mask, (0, keys.shape[2] - mask.shape[-1]), value=True)
         rule = self._cache.rule
         if rule is not None and rule.needs_weights:
-            return self._weigh(query, keys, values, mask, rule)
-        if self._cache.kernel == "triton" and query.shape[2] == 1:
-            return self._fused(query, keys, values, mask)
-        return functional.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, enable_gqa=query.shape[1] != keys.shape[1]
-        )
+            out = self._weigh(query, keys, values, mask, rule)
+        elif self._cache.kernel == "triton" and query.shape[2] == 1:
+            out = self._fused(query, keys, values, mask)
+        else:
+            out = functional.scaled_dot_product_attention(
+                query, keys, values, attn_mask=mask, enable_gqa=query.shape[1] != keys.shape[1]
+            )
+        return out.to(given)
 
     def take_in(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write key and value [B, G, N, D]; returns what is kept, [B, G, slots in use, D], as views.

@@ -135,14 +135,18 @@ class PortraitCheckpoint:
         _fill(vq, self.vq_file)
         return vq
 
-    def caption_encoder(self) -> CaptionEncoder:
+    def caption_encoder(self, device: str = "cpu") -> CaptionEncoder:
         """The text encoder; raises CheckpointError for a model of classes, which has none."""
         from proteus_deploy.portrait.captions import CaptionEncoder
 
         if self.text_encoder is None or self.tokenizer is None:
             raise CheckpointError(f"{self.folder} draws classes (c2i), not captions; choose a t2i model")
         return CaptionEncoder(
-            self.text_encoder, self.tokenizer, length=self.gpt.cls_token_num, width=self.gpt.caption_dim
+            self.text_encoder,
+            self.tokenizer,
+            length=self.gpt.cls_token_num,
+            width=self.gpt.caption_dim,
+            device=device,
         )
 
 

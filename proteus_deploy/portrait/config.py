@@ -120,6 +120,8 @@ class VqConfig:
             raise CheckpointError(
                 f"ch is {self.ch}; its norms have 32 groups, so it has to be a multiple of 32"
             )
+        if not self.encoder_ch_mult:
+            raise CheckpointError("encoder_ch_mult is empty; it names the width of each level, one at least")
         if len(self.encoder_ch_mult) != len(self.decoder_ch_mult):
             raise CheckpointError(
                 f"encoder_ch_mult has {len(self.encoder_ch_mult)} levels and decoder_ch_mult "

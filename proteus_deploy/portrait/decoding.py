@@ -29,6 +29,7 @@ class Decoding:
     of the condition that hold something; None for all. trim: leave out padding that all images share at the
     front, to which nothing ever attends. Without it the plan is made for all P positions, as in an exported
     graph, whose sizes are fixed.
+    cache_dtype: of keys and values and the attention to them; None for that of the weights.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Decoding:
         *,
         guided: bool,
         kernel: str = "torch",
+        cache_dtype: torch.dtype | None = None,
         trim: bool = True,
     ) -> None:
         config = gpt.config
@@ -55,7 +57,7 @@ class Decoding:
             self._valid = None if bool(valid.all()) else valid
         self.position = config.cls_token_num
         plan = cache.plan(self._prompt.shape[1], config.block_size, config.grid_size)
-        dtype = gpt.tok_embeddings.weight.dtype
+        dtype = cache_dtype or gpt.tok_embeddings.weight.dtype
         self.cache = make_cache(
             config, plan, len(condition), dtype=dtype, device=self._prompt.device, kernel=kernel
         )
@@ -95,6 +97,7 @@ def draw_tokens(
     valid: Tensor | None = None,
     *,
     kernel: str = "torch",
+    cache_dtype: torch.dtype | None = None,
     seeds: Sequence[int] | None = None,
     report: Report = no_report,
     cancel: Event | None = None,
@@ -105,7 +108,15 @@ def draw_tokens(
     Raises InputError where the seeds don't match, Cancelled between two tokens once `cancel` is set.
     """
     seeds = choose_seeds(sampling, len(condition), seeds)
-    decoding = Decoding(gpt, cache, condition, valid, guided=sampling.guidance_scale > 1, kernel=kernel)
+    decoding = Decoding(
+        gpt,
+        cache,
+        condition,
+        valid,
+        guided=sampling.guidance_scale > 1,
+        kernel=kernel,
+        cache_dtype=cache_dtype,
+    )
     return run_decoding(decoding, sampling, seeds, gpt.config.block_size, report=report, cancel=cancel)
 
 

@@ -156,9 +156,11 @@ class _Random(Rule):
         self._generator = torch.Generator().manual_seed(seed)
 
     def worth(self, cache: SlotCache) -> Tensor:
-        positions = cache.positions[..., : cache.filled]
-        # Drawn on the host, so that every device gives up the same ones.
-        return torch.rand(positions.shape, generator=self._generator).to(positions.device)
+        rows = cache.positions[:: cache.sequences, :, : cache.filled]
+        # Drawn on the host, so that every device gives up the same ones; and for all sequences of a layer
+        # together, so that an image doesn't depend on those beside it.
+        noise = torch.rand(rows.shape, generator=self._generator)
+        return noise.repeat_interleave(cache.sequences, dim=0).to(rows.device)
 
 
 class _Uniform(Rule):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, TypedDict, Unpack
 
 from proteus_deploy.errors import InputError
 from proteus_deploy.portrait.checkpoint import PortraitCheckpoint
-from proteus_deploy.portrait.plan import KERNELS, CacheSettings
+from proteus_deploy.portrait.plan import CacheSettings, check_kernel
 from proteus_deploy.portrait.sampling import Sampling
 from proteus_deploy.reporting import Report, no_report
 
@@ -87,6 +87,8 @@ class TorchPainter(TokenPainter):
     """A portrait checkpoint in PyTorch, float32 unless `dtype` says otherwise.
 
     kernel: "torch", or "triton" for attention and ADSA's products in one kernel.
+    cache_dtype: of keys and values; None for that of the weights. On CPUs with bfloat16 products, weights in
+    bfloat16 and a cache in float32 are the fastest pair (docs/portrait.md).
     Raises CheckpointError where the weights don't fit, InputError for another dtype or kernel.
     """
 
@@ -97,14 +99,16 @@ class TorchPainter(TokenPainter):
         device: str = "cpu",
         dtype: str = "float32",
         kernel: str = "torch",
+        cache_dtype: str | None = None,
     ) -> None:
+        kind = weight_dtype(dtype)
+        check_kernel(kernel)
         self.checkpoint = checkpoint
         self.sampling, self.cache = checkpoint.sampling, checkpoint.cache
-        if kernel not in KERNELS:
-            raise InputError(f"kernel is {kernel!r}; choose {' or '.join(KERNELS)}")
         self._kernel = kernel
-        self.captions = checkpoint.caption_encoder()
-        self.gpt = checkpoint.build_gpt().to(device).cast(weight_dtype(dtype))
+        self._cache_dtype = None if cache_dtype is None else weight_dtype(cache_dtype)
+        self.captions = checkpoint.caption_encoder(device)
+        self.gpt = checkpoint.build_gpt().to(device).cast(kind)
         self.vq = checkpoint.build_vq().to(device)
 
     @classmethod
@@ -135,6 +139,7 @@ class TorchPainter(TokenPainter):
             features.to(weight.device, weight.dtype),
             valid.to(weight.device),
             kernel=self._kernel,
+            cache_dtype=self._cache_dtype,
             seeds=seeds,
             report=report,
             cancel=cancel,

@@ -9,7 +9,7 @@ from typing import Literal
 
 from proteus_deploy.errors import InputError
 
-__all__ = ["DENSE", "KERNELS", "POLICIES", "CachePlan", "CacheSettings"]
+__all__ = ["DENSE", "KERNELS", "POLICIES", "CachePlan", "CacheSettings", "check_kernel"]
 
 POLICIES: Mapping[str, str] = {
     "dense": "keeps everything",
@@ -25,6 +25,20 @@ KERNELS = ("torch", "triton")
 
 _PREFIX_SHARE = 0.05  # of an image's tokens, beside the condition
 _WINDOW_ROWS = 1
+
+
+def _check(plan: CachePlan | CacheSettings, least: Mapping[str, int]) -> None:
+    """The names of the rule, and the whole numbers that are given: none below `least`."""
+    if plan.policy not in POLICIES:
+        raise InputError(f"there is no cache policy {plan.policy!r}; choose {', '.join(POLICIES)}")
+    if plan.scope not in ("layer", "head"):
+        raise InputError(f"scope is {plan.scope!r}; choose layer or head")
+    if plan.redundancy not in ("kept", "seen"):
+        raise InputError(f"redundancy is {plan.redundancy!r}; choose kept or seen")
+    for name, lowest in least.items():
+        value = getattr(plan, name)
+        if value is not None and (not isinstance(value, int) or value < lowest):
+            raise InputError(f"{name} is {value}; choose a whole number, at least {lowest}")
 
 
 @dataclass(frozen=True)
@@ -53,15 +67,7 @@ class CachePlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise InputError(f"there is no cache policy {self.policy!r}; choose {', '.join(POLICIES)}")
-        if self.scope not in ("layer", "head"):
-            raise InputError(f"scope is {self.scope!r}; choose layer or head")
-        if self.redundancy not in ("kept", "seen"):
-            raise InputError(f"redundancy is {self.redundancy!r}; choose kept or seen")
-        for name, least in (("slots", 1), ("prefix", 0), ("window", 1), ("cadence", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}; choose at least {least}")
+        _check(self, {"slots": 1, "prefix": 0, "window": 1, "cadence": 1})
         if self.policy != "dense" and self.prefix + self.window + self.cadence > self.slots + 1:
             raise InputError(
                 f"{self.slots} slots can't hold a prefix of {self.prefix}, a window of {self.window} and "
@@ -79,7 +85,7 @@ class CacheSettings:
     and style. window: by default a row and one, so that the token above the next one is inside.
     cadence: by default a thirty-second of the slots.
 
-    Raises InputError for a share outside (0, 1].
+    Raises InputError for a share outside (0, 1], and for what no `CachePlan` may have.
     """
 
     policy: str = "adsa"
@@ -93,6 +99,7 @@ class CacheSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check(self, {"prefix": 0, "window": 1, "cadence": 1})
         if not 0 < self.budget <= 1:
             raise InputError(f"budget is {self.budget}; choose a share of the positions above 0, up to 1")
         if self.policy == "dense" and self.budget != 1:
@@ -122,3 +129,9 @@ class CacheSettings:
 
 
 DENSE = CacheSettings("dense", 1.0)
+
+
+def check_kernel(name: str) -> None:
+    """Raises InputError for a name that isn't among `KERNELS`."""
+    if name not in KERNELS:
+        raise InputError(f"kernel is {name!r}; choose {' or '.join(KERNELS)}")

@@ -5,6 +5,7 @@ Axes: B images, V codes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,12 +33,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.guidance_scale >= 1:
+        if not 1 <= self.guidance_scale < math.inf:
             raise InputError(f"guidance_scale is {self.guidance_scale}; choose 1 (none) or more")
-        if not self.temperature >= 0:
+        if not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature is {self.temperature}; choose 0 (the likeliest token) or more")
-        if self.top_k < 0:
-            raise InputError(f"top_k is {self.top_k}; choose 0 (all codes) or more")
+        top_k: object = self.top_k  # a file may hold anything
+        if not isinstance(top_k, int) or top_k < 0:
+            raise InputError(f"top_k is {self.top_k}; choose a whole number, 0 (all codes) or more")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}; choose a share above 0, up to 1")
 

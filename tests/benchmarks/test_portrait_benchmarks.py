@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,12 @@ def test_lengths_are_sampled() -> None:
     assert {len(seconds) for seconds in found["seconds"].values()} == {4 * 2 * 4}
 
 
+def test_lengths_without_room_are_refused() -> None:
+    gpt = random_gpt(SMALL, torch.float32)
+    with pytest.raises(InputError, match="8 lengths are too many: the last leaves no room for 8 steps"):
+        decode_side_by_side(gpt, {"dense": DENSE, "adsa": SPARSE}, 1, seed=0, lengths=8)
+
+
 def test_a_decoding_goes_on_from_a_length() -> None:
     gpt = random_gpt(SMALL, torch.float32)
     for settings, filled in ((DENSE, 40), (SPARSE, 33)):
@@ -90,6 +97,13 @@ def test_the_largest_batch_is_found(
     assert "ratio 1.80" in capsys.readouterr().out
 
 
+def test_a_memory_too_small_for_one_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = Outcome(None, "killed", 1.0, 1, 1)
+    monkeypatch.setattr(portrait_memory, "run_limited", lambda *_: nothing)
+    with pytest.raises(InputError, match="not one image fits the memory"):
+        portrait_memory.main(["--json", str(tmp_path / "memory.json")])
+
+
 def test_a_batch_is_timed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(portrait_memory, "benchmark_config", lambda _size: SMALL)
     assert portrait_memory.main(["--batch", "2", "--policy", "dense", "--size", "tiny"]) == 0
@@ -114,6 +128,14 @@ def test_rows_of_the_benchmark() -> None:
     ablations = portrait_quality.cells(CACHE, ablations=True)
     assert ablations[0].name == "dense"
     assert len({cell.cache for cell in ablations}) == len(ablations)
+
+
+def test_a_plot_has_gaps_where_nothing_was_drawn(repository: Path) -> None:
+    document = json.loads((repository / RESULTS / "policies.json").read_text(encoding="utf-8"))
+    described = portrait_tables.plot(document)
+    assert re.search(r"adsa: [^;]* at 75, ", described)
+    assert re.search(r"random: [^;]* at 50, [^;]* at 100", described)
+    assert not re.search(r"random: [^;]* at 75", described)
 
 
 def test_psnr() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -136,7 +137,8 @@ def test_random_choices_follow_the_seed() -> None:
         found.append(cache.positions.sort(dim=-1).values)
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
-    assert not torch.equal(found[0][0], found[0][1])  # each sequence has choices of its own
+    assert torch.equal(found[0][0], found[0][1])  # so that an image doesn't depend on those beside it
+    assert not torch.equal(found[0][0], found[0][SEQUENCES])  # each layer has choices of its own
 
 
 def test_what_was_given_up_is_in_host_memory() -> None:
@@ -221,8 +223,8 @@ def test_any_plan_that_is_accepted_works(
     [
         ({"policy": "h2o"}, "no cache policy 'h2o'; choose dense, adsa"),
         ({"slots": 10}, "10 slots can't hold a prefix of 4, a window of 6 and 2"),
-        ({"window": 0}, "window is 0; choose at least 1"),
-        ({"cadence": 0}, "cadence is 0; choose at least 1"),
+        ({"window": 0}, "window is 0; choose a whole number, at least 1"),
+        ({"cadence": 0}, "cadence is 0; choose a whole number, at least 1"),
         ({"scope": "token"}, "scope is 'token'; choose layer or head"),
         ({"redundancy": "all"}, "redundancy is 'all'; choose kept or seen"),
     ],
@@ -233,16 +235,27 @@ def test_plans_that_are_refused(fields: dict[str, object], message: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("fields", "message"),
     [
-        (("adsa", 0.0), r"budget is 0.0; choose a share of the positions above 0, up to 1"),
-        (("adsa", 1.5), r"budget is 1.5"),
-        (("dense", 0.5), r"dense keeps everything: its budget is 1, not 0.5"),
+        ({"budget": 0.0}, r"budget is 0.0; choose a share of the positions above 0, up to 1"),
+        ({"budget": 1.5}, r"budget is 1.5"),
+        ({"policy": "dense"}, r"dense keeps everything: its budget is 1, not 0.5"),
+        ({"policy": "nonsense"}, r"no cache policy 'nonsense'"),
+        ({"prefix": -4}, r"prefix is -4; choose a whole number, at least 0"),
+        ({"window": 0}, r"window is 0"),
+        ({"cadence": 2.0}, r"cadence is 2.0; choose a whole number"),
+        ({"scope": "token"}, r"scope is 'token'"),
+        ({"redundancy": "all"}, r"redundancy is 'all'"),
     ],
 )
-def test_settings_that_are_refused(arguments: tuple[str, float], message: str) -> None:
+def test_settings_that_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        CacheSettings(*arguments)
+        CacheSettings(**fields)
+
+
+def test_the_kernel_gives_no_weights() -> None:
+    with pytest.raises(InputError, match="'attention' asks for attention weights"):
+        SlotCache(CachePlan("attention", 8), 1, 1, 4, kernel="triton")
 
 
 def test_a_prompt_that_does_not_fit_and_an_image_that_does_not_end() -> None:

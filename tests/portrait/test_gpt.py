@@ -148,14 +148,37 @@ def test_attention_is_among_what_is_kept(policy: str) -> None:
     assert_close("logits", torch.stack(logits, dim=1), want, FLOAT32)
 
 
-def test_images_do_not_depend_on_those_beside_them() -> None:
+@pytest.mark.parametrize("policy", SPARSE)
+def test_images_do_not_depend_on_those_beside_them(policy: str) -> None:
     gpt = random_gpt(CLASSES)
-    settings = CacheSettings("adsa", 0.5, prefix=3, window=9)
+    settings = CacheSettings(policy, 0.5, prefix=3, window=9)
     together = draw_tokens(gpt, settings, SAMPLING, torch.tensor([1, 4, 2]), seeds=[7, 8, 9])
     alone = draw_tokens(gpt, settings, SAMPLING, torch.tensor([4]), seeds=[8])
     assert torch.equal(together[1], alone[0])
     first = draw_tokens(gpt, settings, replace(SAMPLING, seed=7), torch.tensor([1, 4, 2]))
     assert torch.equal(first, together)
+
+
+def test_a_cache_in_another_dtype() -> None:
+    """Attention runs in the cache's; with weights in bfloat16 that is nearer to float32 than bfloat16 is."""
+    gpt = random_gpt(CLASSES)
+    tokens = torch.randint(96, (40, 1), generator=torch.Generator().manual_seed(2))
+    settings = CacheSettings("adsa", 0.5, prefix=3, window=9)
+
+    def last(cache_dtype: torch.dtype | None) -> tuple[torch.dtype, Tensor]:
+        decoding = Decoding(gpt, settings, torch.tensor([3]), guided=False, cache_dtype=cache_dtype)
+        logits = [decoding.prefill(), *(decoding.step(column) for column in tokens)]
+        return decoding.cache.values.dtype, torch.cat(logits)
+
+    _, want = last(None)
+    gpt.cast(torch.bfloat16)
+    errors = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        kept, got = last(dtype)
+        assert kept == dtype
+        assert got.dtype == torch.float32
+        errors[dtype] = float((got - want).norm() / want.norm())
+    assert errors[torch.float32] < errors[torch.bfloat16] < 0.05
 
 
 def test_guidance_halves_have_sets_of_their_own() -> None:

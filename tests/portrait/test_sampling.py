@@ -50,6 +50,9 @@ def test_guidance() -> None:
     [
         ({"guidance_scale": 0.5}, r"guidance_scale is 0.5; choose 1 \(none\) or more"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"top_k": 50.0}, "top_k is 50.0; choose a whole number"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, "top_p is 0.0"),

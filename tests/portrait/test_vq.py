@@ -87,6 +87,7 @@ def test_the_nearest_code_is_the_nearest(unit: bool) -> None:
     ("fields", "message"),
     [
         ({"ch": 48}, "ch is 48; its norms have 32 groups"),
+        ({"encoder_ch_mult": (), "decoder_ch_mult": ()}, "encoder_ch_mult is empty"),
         ({"decoder_ch_mult": (1, 1, 2)}, "encoder_ch_mult has 2 levels and decoder_ch_mult 3"),
     ],
 )

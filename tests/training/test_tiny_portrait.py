@@ -15,12 +15,14 @@ from torch.nn import functional
 
 from proteus_deploy.cli.main import main
 from proteus_deploy.errors import Cancelled
+from proteus_deploy.portrait.captions import CaptionEncoder
 from proteus_deploy.portrait.checkpoint import PortraitCheckpoint
 from proteus_deploy.portrait.gpt import Gpt
 from proteus_deploy.portrait.painter import TorchPainter
 from proteus_deploy.portrait.vq import VqModel
 from proteus_deploy.reporting import Report
 from proteus_deploy.testing import Tolerance, assert_close
+from proteus_deploy.tiny.trained import MODEL
 from proteus_deploy.training.avatars import make_photo, training_seed
 from proteus_deploy.training.randomness import step_generator
 from proteus_deploy.training.tiny_model.attribute_heads import label_table
@@ -30,7 +32,7 @@ from proteus_deploy.training.tiny_portrait import preset
 from proteus_deploy.training.tiny_portrait import tokenizer as tokenizer_module
 from proteus_deploy.training.tiny_portrait.attribute_judge import JUDGE_SETTINGS, train_judge
 from proteus_deploy.training.tiny_portrait.configs import GPT, VQ
-from proteus_deploy.training.tiny_portrait.decoder import DECODER_SETTINGS, token_loss
+from proteus_deploy.training.tiny_portrait.decoder import DECODER_SETTINGS, encode_photos, token_loss
 from proteus_deploy.training.tiny_portrait.drawn_photos import PHOTO_SEED, draw_photos
 from proteus_deploy.training.tiny_portrait.tokenizer import (
     CODE_SETTINGS,
@@ -60,6 +62,24 @@ def test_photos_are_drawn_once(drawn: tuple[np.ndarray, np.ndarray], tmp_path: P
     assert seen == [2]
     draw_photos(tmp_path, 2, processes=1, report=lambda _what, done, _total: seen.append(done))
     assert seen == [2]
+
+
+def test_drawing_that_was_killed_between_two_files_begins_again(tmp_path: Path) -> None:
+    photos, _ = draw_photos(tmp_path, 2, processes=1)
+    first = np.array(photos)
+    (tmp_path / "photos-2.npy").unlink()  # the one that gets its name last
+    again, faces = draw_photos(tmp_path, 2, processes=1)
+    assert np.array_equal(again, first)
+    assert len(faces) == 2
+
+
+def test_encoding_stops(drawn: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
+    stop = Event()
+    stop.set()
+    captions = CaptionEncoder(MODEL / "text_encoder", MODEL / "tokenizer", length=32, width=128)
+    with pytest.raises(Cancelled, match="stopped at photo 6 of 6"):
+        encode_photos(tmp_path, drawn[0], VqModel(VQ), captions, cancel=stop)
+    assert not list(tmp_path.iterdir())
 
 
 def test_means_gather_around_what_there_is() -> None:

@@ -31,7 +31,7 @@ def draw_clips(
 
     folder.mkdir(parents=True, exist_ok=True)
     frames_file, parts_file = folder / f"clips-{count}-frames.npy", folder / f"clips-{count}-parts.npy"
-    if not parts_file.exists():
+    if not frames_file.exists():  # the last of the two to get its name
         shape = (count, 17, 96, 96)
         with atomic_file(frames_file) as frames_new, atomic_file(parts_file) as parts_new:
             frames = np.lib.format.open_memmap(frames_new, mode="w+", dtype=np.uint8, shape=(*shape, 3))

@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
 from proteus_deploy._files import atomic_file
+from proteus_deploy.errors import Cancelled
 from proteus_deploy.portrait.captions import CaptionEncoder
 from proteus_deploy.portrait.gpt import Gpt
 from proteus_deploy.portrait.vq import VqModel
@@ -26,8 +28,12 @@ from proteus_deploy.training.avatars import training_seed
 from proteus_deploy.training.tiny_model.descriptions import describe_photo
 from proteus_deploy.training.tiny_model.fitting import FitSettings, fit
 from proteus_deploy.training.tiny_portrait.configs import GPT
-from proteus_deploy.training.tiny_portrait.drawn_photos import PHOTO_SEED, draw_photos
+from proteus_deploy.training.tiny_portrait.drawn_photos import PHOTO_SEED
 from proteus_deploy.training.tiny_portrait.tokenizer import pixels_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["DECODER_SETTINGS", "EncodedPhotos", "encode_photos", "token_loss", "train_decoder"]
 
@@ -57,14 +63,23 @@ class EncodedPhotos:
 
 @torch.no_grad()
 def encode_photos(
-    folder: Path, count: int, vq: VqModel, captions: CaptionEncoder, *, report: Report = no_report
+    folder: Path,
+    photos: NDArray[np.uint8],
+    vq: VqModel,
+    captions: CaptionEncoder,
+    *,
+    report: Report = no_report,
+    cancel: Event | None = None,
 ) -> EncodedPhotos:
-    """The first `count` training people's photos as tokens and features; the file in `folder` is kept."""
+    """Photos uint8 [N, H, W, 3] of the first N training people as tokens and features.
+
+    The file in `folder` is kept. Raises Cancelled once `cancel` is set; nothing is kept then.
+    """
     from safetensors.torch import load_file, save_file
 
+    count = len(photos)
     file = folder / f"encoded-{count}.safetensors"
     if not file.exists():
-        photos, _ = draw_photos(folder, count, report=report)
         tokens, features, valid = [], [], []
         for start in range(0, count, _CHUNK):
             stop = min(start + _CHUNK, count)
@@ -75,6 +90,8 @@ def encode_photos(
             features.append(found[0].half())
             valid.append(found[1])
             report("encoding portraits", stop, count)
+            if cancel is not None and cancel.is_set():
+                raise Cancelled(f"encoding was stopped at photo {stop} of {count}; it begins anew next time")
         tensors = {"tokens": torch.cat(tokens), "features": torch.cat(features), "valid": torch.cat(valid)}
         with atomic_file(file) as new:
             save_file(tensors, new)

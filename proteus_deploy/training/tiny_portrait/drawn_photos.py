@@ -33,7 +33,7 @@ def draw_photos(
 
     folder.mkdir(parents=True, exist_ok=True)
     photos_file, faces_file = folder / f"photos-{count}.npy", folder / f"photos-{count}-faces.npy"
-    if not faces_file.exists():
+    if not photos_file.exists():  # the last of the two to get its name
         shape = (count, SIDE, SIDE)
         with atomic_file(photos_file) as photos_new, atomic_file(faces_file) as faces_new:
             photos = np.lib.format.open_memmap(photos_new, mode="w+", dtype=np.uint8, shape=(*shape, 3))

@@ -56,12 +56,14 @@ def train_tiny_portrait(
     if checkpoint.is_dir():
         report("tiny portrait model", 1, 1)
         return checkpoint
-    drawn, faces = draw_photos(work / "photos", photos, report=report)
-    vq = train_tokenizer(work / "vq", drawn, faces, smooth=smooth, codes=codes, report=report, cancel=cancel)
+    drawn, faces = draw_photos(work / "photos", max(photos, people), report=report)
+    vq = train_tokenizer(
+        work / "vq", drawn[:photos], faces[:photos], smooth=smooth, codes=codes, report=report, cancel=cancel
+    )
     captions = CaptionEncoder(
         MODEL / "text_encoder", MODEL / "tokenizer", length=GPT.cls_token_num, width=GPT.caption_dim
     )
-    encoded = encode_photos(work / "photos", people, vq, captions, report=report)
+    encoded = encode_photos(work / "photos", drawn[:people], vq, captions, report=report, cancel=cancel)
     gpt = train_decoder(work / "gpt", encoded, settings=decoder, report=report, cancel=cancel)
     with atomic_directory(checkpoint) as new:
         for name, network in (("gpt", gpt), ("vq", vq)):
