@@ -46,9 +46,14 @@ class OnnxPainter(TokenPainter):
         self.captions: CaptionEncoder = _GraphCaptions(self)
 
     @classmethod
-    def open(cls, folder: str | Path, *, device: str = "cpu", threads: int | None = None) -> OnnxPainter:
-        """Open a folder that holds a portrait bundle. Raises BundleError naming the file at fault."""
-        return cls(PortraitBundle.open(folder), device=device, threads=threads)
+    def open(
+        cls, folder: str | Path, *, device: str = "cpu", threads: int | None = None, hashes: bool = True
+    ) -> OnnxPainter:
+        """Open a folder that holds a portrait bundle. Raises BundleError naming the file at fault.
+
+        hashes: False leaves the sha256 out, for files that were checked already.
+        """
+        return cls(PortraitBundle.open(folder, hashes=hashes), device=device, threads=threads)
 
     def draw_tokens(
         self,
