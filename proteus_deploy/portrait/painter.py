@@ -87,8 +87,8 @@ class TorchPainter(TokenPainter):
     """A portrait checkpoint in PyTorch, float32 unless `dtype` says otherwise.
 
     kernel: "torch", or "triton" for attention and ADSA's products in one kernel.
-    cache_dtype: of keys and values; None for that of the weights. On CPUs with bfloat16 products, weights in
-    bfloat16 and a cache in float32 are the fastest pair (docs/portrait.md).
+    cache_dtype: of keys and values; None for that of the weights. On a CPU with bfloat16 products, weights in
+    bfloat16 beside a cache in float32 are faster than all in float32 (docs/portrait.md).
     Raises CheckpointError where the weights don't fit, InputError for another dtype or kernel.
     """
 
