@@ -25,9 +25,9 @@ from proteus_deploy.export.onnx_graph import export_graph
 from proteus_deploy.model.config import BackboneConfig
 from proteus_deploy.model.low_rank import MOST_RANK, PROJECTIONS
 from proteus_deploy.network_factory import NetworkFactory
+from proteus_deploy.onnxruntime_session import PROVIDERS, open_session
 from proteus_deploy.reporting import Report, no_report
 from proteus_deploy.runtime.onnxruntime_backend import OnnxRuntimeGraph
-from proteus_deploy.runtime.onnxruntime_session import PROVIDERS, open_session
 from proteus_deploy.stage_table import ExportRanges, build_stage_table
 from proteus_deploy.stages import StageTable, sample_inputs
 

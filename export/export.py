@@ -38,6 +38,7 @@ from proteus_deploy.tokens import Tokenizer
 
 if TYPE_CHECKING:
     from proteus_deploy.portrait.checkpoint import PortraitCheckpoint
+    from proteus_deploy.portrait.onnx_bundle import PortraitBundle
 
 # Above this many bytes of transformer weights a reference run on a CPU takes hours: it has to be asked for.
 AUTO_REFERENCE_LIMIT_BYTES = 2 << 30
@@ -91,9 +92,9 @@ def export_bundle(
     for other in (checkpoint.controlnet, portrait):
         if other is not None:
             _check_destination(destination, other.folder, overwrite=overwrite)
-    drawn = None if graphs_from is None else graphs_from.portrait
+    earlier = None
     if portrait is not None:
-        _check_portrait(portrait, drawn)
+        earlier = _check_portrait(portrait, None if graphs_from is None else graphs_from.portrait)
     table = build_stage_table(checkpoint, ranges)
     if checkpoint.random_weights_seed is None:
         _try_tokenizer(checkpoint)
@@ -114,8 +115,7 @@ def export_bundle(
         if quantised is not None:
             quantised.save(folder)
         _copy_configs(checkpoint, folder)
-        if portrait is not None:
-            _export_portrait(portrait, folder / PORTRAIT, drawn, report)
+        drawn = None if portrait is None else _export_portrait(portrait, folder / PORTRAIT, earlier, report)
         if scope != "none":
             _record(checkpoint, table, folder / "reference", scope, report)
         custom = sorted(name for name, record in graphs.items() if "custom_operators" in record)
@@ -134,25 +134,29 @@ def export_bundle(
             }
             | ({} if quantised is None else {"quantization": quantised.to_json()})
             | ({"controlnet": {"hash": checkpoint.controlnet_hash}} if checkpoint.controlnet else {})
-            | ({PORTRAIT: {"hash": portrait.hash}} if portrait else {}),
+            | ({PORTRAIT: {"hash": drawn.document["checkpoint"]["hash"]}} if drawn else {}),
         )
     report("hash the checkpoint and the bundle", 1, 1)
     return Bundle.open(destination, hashes=False)
 
 
-def _check_portrait(portrait: PortraitCheckpoint, earlier: Path | None) -> None:
-    """Refuse, before any work, a cache that no graph can have and graphs that can't be reused."""
+def _check_portrait(portrait: PortraitCheckpoint, earlier: Path | None) -> PortraitBundle | None:
+    """Refuse, before any work, a cache that no graph can have and graphs that can't be reused.
+
+    Returns the bundle whose graphs can; its files were checked with the video bundle around it.
+    """
     from proteus_deploy.export.portrait_onnx import check_portrait, check_reusable_portrait
 
     check_portrait(portrait)
-    if earlier is not None:
-        check_reusable_portrait(earlier, portrait)
+    return None if earlier is None else check_reusable_portrait(earlier, portrait, hashes=False)
 
 
-def _export_portrait(portrait: PortraitCheckpoint, folder: Path, earlier: Path | None, say: Report) -> None:
+def _export_portrait(
+    portrait: PortraitCheckpoint, folder: Path, earlier: PortraitBundle | None, say: Report
+) -> PortraitBundle:
     from proteus_deploy.export.portrait_onnx import export_portrait
 
-    export_portrait(portrait, folder, graphs_from=earlier, report=say)
+    return export_portrait(portrait, folder, graphs_from=earlier, report=say)
 
 
 def _check_destination(destination: Path, checkpoint: Path, *, overwrite: bool) -> None:
@@ -275,9 +279,13 @@ def _copy_configs(checkpoint: Checkpoint, folder: Path) -> None:
 def copy_tokenizer(source: Path, destination: Path) -> None:
     """Copy what transformers reads a tokenizer from into the new folder `destination`."""
     destination.mkdir()
-    for name in _TOKENIZER_FILES:
-        if (file := source / name).is_file():
-            shutil.copyfile(file, destination / name)
+    for file in tokenizer_files(source):
+        shutil.copyfile(file, destination / file.name)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """What transformers reads a tokenizer from, of what there is in `folder`."""
+    return [file for name in _TOKENIZER_FILES if (file := folder / name).is_file()]
 
 
 def _record(

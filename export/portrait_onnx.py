@@ -6,23 +6,25 @@ Axes: B images, n new positions, P positions of a condition, N tokens of a capti
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from proteus_deploy._files import atomic_directory, sha256_of
+from proteus_deploy._files import atomic_directory, sha256_of, write_json
 from proteus_deploy.errors import CheckFailed, InputError
-from proteus_deploy.export.export import copy_tokenizer, versions
+from proteus_deploy.export.export import copy_tokenizer, tokenizer_files, versions
 from proteus_deploy.export.onnx_graph import export_graph, require_onnx
 from proteus_deploy.export.portrait_verify import record_reference, verify_portrait
 from proteus_deploy.model.networks import Network, TextEncoder
 from proteus_deploy.portrait.checkpoint import PortraitCheckpoint
 from proteus_deploy.portrait.gpt import Gpt, grid_rotary
-from proteus_deploy.portrait.onnx_bundle import PortraitBundle, write_document
+from proteus_deploy.portrait.onnx_bundle import DOCUMENT, PortraitBundle, write_document
 from proteus_deploy.portrait.plan import CachePlan, CacheSettings
 from proteus_deploy.portrait.step_module import (
     ConditionPair,
@@ -48,25 +50,28 @@ def export_portrait(
     folder: Path,
     *,
     cache: CacheSettings | None = None,
-    graphs_from: Path | None = None,
+    graphs_from: Path | PortraitBundle | None = None,
     report: Report = no_report,
 ) -> PortraitBundle:
     """Write a portrait bundle to `folder`, in float32: it is there whole or not at all.
 
     cache: what its decoder keeps; None for the checkpoint's own. A cadence that is left open becomes 1.
-    graphs_from: an earlier bundle of this checkpoint, whose graphs are copied where they come out the same.
+    graphs_from: an earlier bundle of this checkpoint, whose graphs are copied where they come out the same;
+    opened, it is one that `check_reusable_portrait` returned, and isn't checked again.
     report(phase, done, total) is called as the work goes on.
     Raises InputError for a cache that no graph can have, CheckpointError, BackendError, and CheckFailed where
     ONNX Runtime computes something else than PyTorch.
     """
     require_onnx()
     settings, plan = check_portrait(checkpoint, cache)
-    source = source_of(checkpoint)
-    earlier = None if graphs_from is None else _earlier(graphs_from, source)
+    earlier = graphs_from
+    if isinstance(earlier, Path):
+        earlier = check_reusable_portrait(earlier, checkpoint)
+    source = source_of(checkpoint) if earlier is None else earlier.document["checkpoint"]
     if earlier is not None and (earlier.cache, earlier.sampling) == (settings, checkpoint.sampling):
         with atomic_directory(folder) as new:
             shutil.copytree(earlier.folder, new, dirs_exist_ok=True)
-        return PortraitBundle.open(folder)
+        return PortraitBundle.open(folder, hashes=False)
     table = portrait_table(checkpoint, plan)
     gpt, vq, captions = checkpoint.build_gpt(), checkpoint.build_vq(), checkpoint.caption_encoder()
     loaded = {"text_encoder": captions.network, "condition": gpt, "decoder": gpt, "vq_decoder": vq}
@@ -98,22 +103,18 @@ def export_portrait(
             "versions": versions(),
             "parity": {"status": "not measured", "reason": "the bundle isn't whole yet"},
         }
-
-        def write() -> None:
-            write_document(
-                new,
-                gpt=checkpoint.gpt,
-                vq=checkpoint.vq,
-                sampling=checkpoint.sampling,
-                cache=settings,
-                plan=plan,
-                table=table,
-                more=more,
-            )
-
-        write()
-        more["parity"] = _parity(new, report)
-        write()
+        write_document(
+            new,
+            gpt=checkpoint.gpt,
+            vq=checkpoint.vq,
+            sampling=checkpoint.sampling,
+            cache=settings,
+            plan=plan,
+            table=table,
+            more=more,
+        )
+        document = PortraitBundle.open(new, hashes=False).document
+        write_json(new / DOCUMENT, {**document, "parity": _parity(new, report)})
     return PortraitBundle.open(folder, hashes=False)
 
 
@@ -195,23 +196,43 @@ def portrait_table(checkpoint: PortraitCheckpoint, plan: CachePlan) -> StageTabl
 
 
 def source_of(checkpoint: PortraitCheckpoint) -> dict[str, str]:
-    """sha256 of what the bundle is made from: decoder and tokenizer of images, encoder of text."""
+    """sha256 of what the bundle is made from.
+
+    hash: weights of decoder and tokenizer of images; configs: their sizes. text_encoder, tokenizer: of text.
+    """
     assert checkpoint.text_encoder is not None
+    assert checkpoint.tokenizer is not None
+    configs = json.dumps([asdict(checkpoint.gpt), asdict(checkpoint.vq)], sort_keys=True)
     files = [checkpoint.text_encoder / "config.json"]
     files += sorted(checkpoint.text_encoder.glob("*.safetensors"))
-    text = hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
-    return {"hash": checkpoint.hash, "text_encoder": text}
+    return {
+        "hash": checkpoint.hash,
+        "configs": hashlib.sha256(configs.encode()).hexdigest(),
+        "text_encoder": _hash_of(files),
+        "tokenizer": _hash_of(tokenizer_files(checkpoint.tokenizer)),
+    }
 
 
-def check_reusable_portrait(folder: Path, checkpoint: PortraitCheckpoint) -> None:
-    """Raises InputError unless the bundle in `folder` is of this checkpoint and these versions."""
-    _earlier(folder, source_of(checkpoint))
+def _hash_of(files: Iterable[Path]) -> str:
+    listed = "".join(f"{sha256_of(file)}  {file.name}\n" for file in files)
+    return hashlib.sha256(listed.encode()).hexdigest()
 
 
-def _earlier(folder: Path, source: dict[str, str]) -> PortraitBundle:
-    bundle = PortraitBundle.open(folder)
+def check_reusable_portrait(
+    folder: Path, checkpoint: PortraitCheckpoint, *, hashes: bool = True
+) -> PortraitBundle:
+    """The bundle in `folder`, whose graphs can be copied.
+
+    hashes: False leaves the sha256 of its files out, where they were checked already.
+    Raises InputError unless it is of this checkpoint and these versions, BundleError for a damaged one.
+    """
+    bundle = PortraitBundle.open(folder, hashes=hashes)
+    source = bundle.document["checkpoint"]
     for what, theirs, ours in (
-        ("another checkpoint", bundle.document["checkpoint"], source),
+        *(
+            (f"another checkpoint ({name})", source.get(name), digest)
+            for name, digest in source_of(checkpoint).items()
+        ),
         ("other versions", bundle.document.get("versions"), versions()),
     ):
         if theirs != ours:
@@ -284,7 +305,7 @@ def _parity(folder: Path, report: Report) -> dict[str, Any]:
         import onnxruntime  # noqa: F401 - presence is the question
     except ImportError:
         return {"status": "not measured", "reason": "onnxruntime is not installed"}
-    rows = verify_portrait(folder, report=report)
+    rows = verify_portrait(folder, hashes=False, report=report)
     if failed := [row for row in rows if row.status == "failed"]:
         listed = "; ".join(
             f"{row.check} is {row.error:.1e} off, above {row.tolerance:.0e} ({row.detail})" for row in failed

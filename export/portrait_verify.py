@@ -23,7 +23,7 @@ from proteus_deploy.export.verify import Row
 from proteus_deploy.portrait.captions import CaptionEncoder
 from proteus_deploy.portrait.decoding import Decoding
 from proteus_deploy.portrait.gpt import Gpt
-from proteus_deploy.portrait.onnx_bundle import PortraitBundle
+from proteus_deploy.portrait.onnx_bundle import GRAPHS, PortraitBundle
 from proteus_deploy.portrait.plan import CachePlan, CacheSettings
 from proteus_deploy.portrait.sampling import Sampling, draw_token, guide
 from proteus_deploy.portrait.vq import VqModel
@@ -33,7 +33,7 @@ from proteus_deploy.testing import TOLERANCES, Tolerance, error_order, relative_
 if TYPE_CHECKING:
     from proteus_deploy.portrait.onnx_painter import OnnxDecoding
 
-__all__ = ["TOLERANCES_OF", "record_reference", "verify_portrait"]
+__all__ = ["GRAPH_CHECKS", "TOLERANCES_OF", "record_reference", "verify_portrait"]
 
 _CAPTION = "a portrait of a woman with brown hair who smiles"
 _SAMPLING = Sampling(guidance_scale=2.0, top_k=0, seed=7)
@@ -42,13 +42,10 @@ _LEAST_CHOICES = 32  # of each layer and sequence, once the cache is full
 _KEPT = 32  # first and last steps whose logits are recorded; all of an image would take gigabytes
 
 _GRAPH = TOLERANCES["bundle", "graph", "fp32"]
-_CHOICE = TOLERANCES["portrait", "choice"]
+GRAPH_CHECKS = tuple(f"portrait {graph}" for graph in GRAPHS)
 TOLERANCES_OF: Mapping[str, Tolerance] = {
-    "portrait text_encoder": _GRAPH,
-    "portrait condition": _GRAPH,
-    "portrait decoder": _GRAPH,
-    "portrait choices": _CHOICE,
-    "portrait vq_decoder": _GRAPH,
+    **dict.fromkeys(GRAPH_CHECKS, _GRAPH),
+    "portrait choices": TOLERANCES["portrait", "choice"],
 }
 
 
@@ -105,14 +102,22 @@ def record_reference(
     save_file({name: value.contiguous() for name, value in found.items()}, folder / "reference.safetensors")
 
 
-def verify_portrait(folder: str | Path, *, report: Report = no_report) -> tuple[Row, ...]:
+def verify_portrait(
+    folder: str | Path,
+    *,
+    tolerances: Mapping[str, Tolerance] = TOLERANCES_OF,
+    hashes: bool = True,
+    report: Report = no_report,
+) -> tuple[Row, ...]:
     """Compare every graph of a portrait bundle on ONNX Runtime with the recorded reference.
 
+    tolerances: one for each check of `TOLERANCES_OF`.
+    hashes: False leaves the sha256 of its files out, where they were checked already.
     Raises BundleError for a damaged bundle; figures outside their bounds are rows, not errors.
     """
     from proteus_deploy.portrait.onnx_painter import OnnxPainter
 
-    bundle = PortraitBundle.open(folder)
+    bundle = PortraitBundle.open(folder, hashes=hashes)
     painter, reference = OnnxPainter(bundle), _load(bundle.reference)
     tokens, features = reference["tokens"], reference["features"]
     steps = len(tokens) + 1
@@ -126,15 +131,19 @@ def verify_portrait(folder: str | Path, *, report: Report = no_report) -> tuple[
         "vq_decoder": (pixels, reference["pixels"]),
     }
     rows = [
-        _row(f"portrait {name}", relative_error(got, want), f"{list(want.shape)}")
+        _row(f"portrait {name}", relative_error(got, want), tolerances, f"{list(want.shape)}")
         for name, (got, want) in single.items()
     ]
     decoding = painter.start(features, reference["valid"] != 0, guided=True)
-    return (*rows, *_verify_steps(decoding, reference, steps, report))
+    return (*rows, *_verify_steps(decoding, reference, steps, tolerances, report))
 
 
 def _verify_steps(
-    decoding: OnnxDecoding, reference: Mapping[str, Tensor], steps: int, report: Report
+    decoding: OnnxDecoding,
+    reference: Mapping[str, Tensor],
+    steps: int,
+    tolerances: Mapping[str, Tolerance],
+    report: Report,
 ) -> list[Row]:
     wanted = dict(zip(reference["kept"].tolist(), reference["logits"], strict=True))
     given_up, tokens = reference["given_up"], reference["tokens"]
@@ -157,15 +166,16 @@ def _verify_steps(
                 margins.append(float("nan"))  # one of the two had room, and the other none
         report("verify the portrait", step + 1, steps)
     worst = max(errors, key=lambda step: error_order(errors[step]))
-    rows = [_row("portrait decoder", errors[worst], f"worst of {len(errors)} steps: step {worst + 1}")]
+    detail = f"worst of {len(errors)} steps: step {worst + 1}"
+    rows = [_row("portrait decoder", errors[worst], tolerances, detail)]
     if choices:
         detail = f"{same} of {choices} the same"
-        rows.append(_row("portrait choices", max(margins, key=error_order), detail))
+        rows.append(_row("portrait choices", max(margins, key=error_order), tolerances, detail))
     return rows
 
 
-def _row(check: str, error: float, detail: str) -> Row:
-    tolerance = TOLERANCES_OF[check]
+def _row(check: str, error: float, tolerances: Mapping[str, Tolerance], detail: str) -> Row:
+    tolerance = tolerances[check]
     # NaN compares false with everything, so it fails here.
     status = "ok" if error <= tolerance.bound else "failed"
     return Row("onnxruntime", check, error, tolerance.bound, status, tolerance.kind, detail)  # type: ignore[arg-type]

@@ -20,9 +20,9 @@ from proteus_deploy._files import atomic_directory
 from proteus_deploy.bundle import Bundle, EngineSet
 from proteus_deploy.errors import BackendError, BundleError, InputError
 from proteus_deploy.export.triton_config import Backend, Kind, ModelConfig, stage_tensors, video_config
+from proteus_deploy.onnxruntime_session import missing_kernels, quantised_formats
 from proteus_deploy.reporting import Report, no_report
 from proteus_deploy.runtime.backend import refuse_custom_operators
-from proteus_deploy.runtime.onnxruntime_session import missing_kernels, quantised_formats
 from proteus_deploy.stages import Graph
 
 __all__ = ["check_repository", "write_repository"]

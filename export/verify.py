@@ -143,12 +143,16 @@ def verify_bundle(
         with pipeline:
             rows += _verify_stages(pipeline.backend, name, stages, tolerances, report)
             rows += _verify_video(pipeline, name, video, tolerances, on_video, report)
-    reasons = {check: entry.reason for check, entry in tolerances.items()}
-    if bundle.portrait is not None and "onnxruntime" in backends:
-        from proteus_deploy.export.portrait_verify import TOLERANCES_OF, verify_portrait
+    portrait = bundle.portrait if "onnxruntime" in backends else None
+    if portrait is not None:
+        from proteus_deploy.export.portrait_verify import verify_portrait
 
-        rows += verify_portrait(bundle.portrait, report=report)
-        reasons |= {check: entry.reason for check, entry in TOLERANCES_OF.items()}
+        rows += verify_portrait(portrait, tolerances=tolerances, hashes=False, report=report)
+    reasons = {
+        check: entry.reason
+        for check, entry in tolerances.items()
+        if portrait is not None or not check.startswith("portrait ")
+    }
     return VerificationReport(
         bundle=bundle.folder.name,
         dtype=bundle.dtype,
@@ -282,9 +286,18 @@ def _tolerances(bundle: Bundle, budget: Path | None) -> dict[str, Tolerance]:
     found = {check: TOLERANCES["bundle", check, bundle.dtype] for check in ("graph", *VIDEO_CHECKS)}
     quantised, missing = _quantised_tolerances(bundle, found)
     found |= quantised
+    portrait: tuple[str, ...] = ()
+    if bundle.portrait is not None:
+        from proteus_deploy.export.portrait_verify import GRAPH_CHECKS, TOLERANCES_OF
+
+        found |= TOLERANCES_OF
+        portrait = GRAPH_CHECKS
     if budget is not None:
         graphs = [graph.name for graph in bundle.table.graphs]
-        for check, bound in _read_budget(budget).items():
+        bounds = _read_budget(budget)
+        if "graph" in bounds:  # the portrait's graphs have entries of their own, which it replaces, too
+            bounds = dict.fromkeys(portrait, bounds["graph"]) | bounds
+        for check, bound in bounds.items():
             if check not in found and check not in graphs:
                 known = ", ".join(dict.fromkeys((*found, *graphs)))
                 raise InputError(f"{budget}: {check!r} is not a check; known are {known}")

@@ -117,20 +117,23 @@ def painter_device(portrait: str | Path, asked: str | None, pipelines: torch.dev
     """Where to open the portrait model in a folder for a pipeline that nobody asked another place for.
 
     That is the pipeline's GPU, where it has one and what runs the portrait model can use it; else the CPU.
+    A portrait bundle can use the first GPU only: beside a pipeline on cuda:1 it is opened on the CPU.
     asked: the device that the pipeline was opened with. pipelines: the one of its backend; ONNX Runtime's
     takes tensors of the CPU, whatever device it computes on.
     """
     device = asked if asked is not None and asked.startswith("cuda") else str(pipelines)
-    return device if device.startswith("cuda") and _can_use_gpu(portrait) else "cpu"
+    return device if device.startswith("cuda") and _can_use(portrait, device) else "cpu"
 
 
-def _can_use_gpu(portrait: str | Path) -> bool:
+def _can_use(portrait: str | Path, device: str) -> bool:
     from proteus_deploy.portrait.onnx_bundle import is_portrait_bundle
 
     if not is_portrait_bundle(portrait):
         import torch
 
         return torch.cuda.is_available()
+    if device not in ("cuda", "cuda:0"):  # see onnxruntime_session.find_provider
+        return False
     try:
         import onnxruntime
     except ImportError:  # opening the model says so

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from proteus_deploy.runtime.onnxruntime_session import PROVIDERS, open_session
+from proteus_deploy.onnxruntime_session import PROVIDERS, open_session
 
 __all__ = ["TritonPythonModel"]
 

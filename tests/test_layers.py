@@ -12,7 +12,7 @@ import pytest
 LAYERS = (
     ("errors", "_files", "reporting", "testing"),
     ("kernels",),
-    ("weights", "model", "stages", "onnx_shapes", "onnx_weights", "graph_memory"),
+    ("weights", "model", "stages", "onnx_shapes", "onnx_weights", "onnxruntime_session", "graph_memory"),
     (
         "tokens",
         "portrait",

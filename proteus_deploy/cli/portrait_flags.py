@@ -49,6 +49,8 @@ def add_portrait_arguments(
 def check_portrait_arguments(kind: Kind, arguments: argparse.Namespace) -> None:
     """Everything that can be known before a network is loaded; sets `portrait` and `identity_prompt`.
 
+    portrait_hashes: set, too: whether the model's files are still to be checked. The bundle's own are checked
+    when that is opened.
     Raises InputError for flags without --portrait-prompt, without a model, and for a file that can't be
     written.
     """
@@ -65,6 +67,7 @@ def check_portrait_arguments(kind: Kind, arguments: argparse.Namespace) -> None:
     check_portrait_prompt(arguments.portrait_prompt)
     if arguments.portrait_output is not None:
         check_png("--portrait-output", arguments.portrait_output)
+    arguments.portrait_hashes = arguments.portrait is not None
     if arguments.portrait is None:
         arguments.portrait = portrait_folder(arguments.path) if kind == "bundle" else None
         if arguments.portrait is None:
@@ -104,7 +107,7 @@ def draw_photo(
     assert request.seed is not None
     with PhaseProgress(unit="token") as progress:
         portrait = draw_reference(
-            open_painter(arguments.portrait, device=device),
+            open_painter(arguments.portrait, device=device, hashes=arguments.portrait_hashes),
             encoder,
             prompt,
             request.seed,

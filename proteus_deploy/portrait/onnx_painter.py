@@ -10,7 +10,8 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from proteus_deploy.errors import BackendError, InputError
+from proteus_deploy.errors import InputError
+from proteus_deploy.onnxruntime_session import find_provider, open_session
 from proteus_deploy.portrait.captions import CaptionEncoder
 from proteus_deploy.portrait.onnx_bundle import PortraitBundle
 from proteus_deploy.portrait.painter import TokenPainter, check_captions, to_pictures
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["OnnxDecoding", "OnnxPainter"]
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _NEXT = "next_"  # what an output that becomes an input is called
 
 
@@ -40,10 +40,9 @@ class OnnxPainter(TokenPainter):
     def __init__(self, bundle: PortraitBundle, *, device: str = "cpu", threads: int | None = None) -> None:
         self.bundle = bundle
         self.sampling, self.cache = bundle.sampling, bundle.cache
-        self.device, self._threads = str(device).removesuffix(":0"), threads
-        self._provider = _find_provider(self.device)
-        self._sessions: dict[str, Any] = {}
-        self.captions: CaptionEncoder = _GraphCaptions(self)
+        self.device = str(device).removesuffix(":0")
+        self._graphs = _Graphs(bundle, find_provider(device), threads)
+        self.captions: CaptionEncoder = _GraphCaptions(self._graphs)
 
     @classmethod
     def open(
@@ -96,7 +95,7 @@ class OnnxPainter(TokenPainter):
         """Decoding from features [B, P, W] and which of the positions hold something, bool [B, P]."""
         embeddings = self.run("condition", features=features.numpy())["embeddings"]
         return OnnxDecoding(
-            self.session("decoder"),
+            self._graphs.session("decoder"),
             self.bundle.table.graph("decoder"),
             embeddings,
             valid.long().numpy(),
@@ -114,15 +113,7 @@ class OnnxPainter(TokenPainter):
 
     def run(self, graph: str, **inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """Named arrays through a graph of the bundle."""
-        names = [spec.name for spec in self.bundle.table.graph(graph).outputs]
-        return dict(zip(names, self.session(graph).run(names, inputs), strict=True))
-
-    def session(self, graph: str) -> Any:
-        """ONNX Runtime's session of a graph. Raises BackendError with its reason where it can't load it."""
-        if graph not in self._sessions:
-            file = self.bundle.onnx_file(graph)
-            self._sessions[graph] = _open_session(file, self._provider, self._threads)
-        return self._sessions[graph]
+        return self._graphs.run(graph, inputs)
 
 
 class OnnxDecoding:
@@ -210,20 +201,42 @@ class OnnxDecoding:
         return dict(zip(names, binding.get_outputs(), strict=True))
 
 
+class _Graphs:
+    """A bundle's graphs on ONNX Runtime, loaded on first use.
+
+    Painter and captions share them and don't know each other, so the sessions go when the painter does.
+    """
+
+    def __init__(self, bundle: PortraitBundle, provider: str, threads: int | None) -> None:
+        self.bundle, self._provider, self._threads = bundle, provider, threads
+        self._sessions: dict[str, Any] = {}
+
+    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        names = [spec.name for spec in self.bundle.table.graph(graph).outputs]
+        return dict(zip(names, self.session(graph).run(names, inputs), strict=True))
+
+    def session(self, graph: str) -> Any:
+        """Raises BackendError with ONNX Runtime's reason where it can't load the graph."""
+        if graph not in self._sessions:
+            file = self.bundle.onnx_file(graph)
+            self._sessions[graph] = open_session(file, self._provider, self._threads)
+        return self._sessions[graph]
+
+
 class _GraphCaptions(CaptionEncoder):
     """The bundle's text encoder."""
 
-    def __init__(self, painter: OnnxPainter) -> None:
-        bundle = painter.bundle
+    def __init__(self, graphs: _Graphs) -> None:
+        bundle = graphs.bundle
         super().__init__(
             bundle.folder, bundle.tokenizer, length=bundle.gpt.cls_token_num, width=bundle.gpt.caption_dim
         )
-        self._painter = painter
+        self._graphs = graphs
 
     def encode(self, ids: Tensor) -> Tensor:
         import torch
 
-        return torch.from_numpy(self._painter.run("text_encoder", input_ids=ids.numpy())["features"])
+        return torch.from_numpy(self._graphs.run("text_encoder", {"input_ids": ids.numpy()})["features"])
 
 
 def _empty(name: str, spec: TensorSpec, images: int) -> NDArray[Any]:
@@ -240,34 +253,3 @@ def _ort_value(array: NDArray[Any], device: str) -> Any:
     import onnxruntime
 
     return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device)
-
-
-def _find_provider(device: str) -> str:
-    """Raises BackendError for a device that ONNX Runtime doesn't have here."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise BackendError('onnxruntime is not installed; pip install "proteus-deploy[onnx]"') from error
-    if device not in _PROVIDERS:
-        raise BackendError(f"ONNX Runtime device is {device!r}; choose from {', '.join(_PROVIDERS)}")
-    available = onnxruntime.get_available_providers()
-    if _PROVIDERS[device] not in available:
-        raise BackendError(f"ONNX Runtime has no {_PROVIDERS[device]} here; it has {', '.join(available)}")
-    return _PROVIDERS[device]
-
-
-def _open_session(file: Path, provider: str, threads: int | None) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        session = onnxruntime.InferenceSession(str(file), options, providers=[provider])
-    except Exception as error:  # ONNX Runtime raises its own types, which have no common public base
-        raise BackendError(f"ONNX Runtime can't load {file}: {error}") from error
-    # A provider whose libraries don't load is replaced by the CPU with no more than a warning.
-    if (found := session.get_providers()[0]) != provider:
-        raise BackendError(f"ONNX Runtime could not start {provider} for {file} and offered {found}")
-    return session

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from proteus_deploy.errors import BackendError
-from proteus_deploy.runtime.backend import bind_sizes, refuse_custom_operators, resolve_dtype
-from proteus_deploy.runtime.onnxruntime_session import (
-    PROVIDERS,
+from proteus_deploy.onnxruntime_session import (
+    find_provider,
     missing_kernels,
     open_session,
     quantised_formats,
 )
+from proteus_deploy.runtime.backend import bind_sizes, refuse_custom_operators, resolve_dtype
 from proteus_deploy.stages import Graph
 
 if TYPE_CHECKING:
@@ -33,17 +33,7 @@ class OnnxRuntimeBackend:
         Raises BackendError when the package or provider is absent, for a bf16 bundle on the CPU, or custom
         operators.
         """
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise BackendError('onnxruntime is not installed; pip install "proteus-deploy[onnx]"') from error
-        name = str(device).removesuffix(":0")
-        if name not in PROVIDERS:
-            raise BackendError(f"ONNX Runtime device is {device!r}; choose from {', '.join(PROVIDERS)}")
-        self.provider = PROVIDERS[name]
-        available = onnxruntime.get_available_providers()
-        if self.provider not in available:
-            raise BackendError(f"ONNX Runtime has no {self.provider} here; it has {', '.join(available)}")
+        self.provider = find_provider(device)
         refuse_custom_operators(bundle, "ONNX Runtime")
         if bundle.dtype == "bf16":
             raise BackendError(

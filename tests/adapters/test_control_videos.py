@@ -344,8 +344,8 @@ def test_a_graph_without_room_for_adapters(parity: Path, controlnet: Path, tmp_p
     pytest.importorskip("onnxruntime")
     from proteus_deploy.export.onnx_graph import export_graph
     from proteus_deploy.network_factory import NetworkFactory
+    from proteus_deploy.onnxruntime_session import PROVIDERS, open_session
     from proteus_deploy.runtime.onnxruntime_backend import OnnxRuntimeGraph
-    from proteus_deploy.runtime.onnxruntime_session import PROVIDERS, open_session
     from proteus_deploy.stage_table import build_stage_table
     from proteus_deploy.stages import sample_inputs
 

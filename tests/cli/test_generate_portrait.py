@@ -153,14 +153,20 @@ def test_a_random_model_draws_no_face(
 def test_a_bundle_with_a_portrait_model(
     tiny_bundle: Path,
     model: Path,
-    painter: Callable[..., list[tuple[str, int]]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from proteus_deploy.bundle import MANIFEST, list_files
 
-    asked, words = painter(42), _words(tiny_bundle, tmp_path / "out.mp4")
-    assert main(words) == 2
+    one, hashed = Drawing([42]), list[bool]()
+
+    def opened(*_: Any, hashes: bool, **__: Any) -> Drawing:
+        hashed.append(hashes)
+        return one
+
+    monkeypatch.setattr("proteus_deploy.portrait.opening.open_painter", opened)
+    assert main(_words(tiny_bundle, tmp_path / "out.mp4")) == 2
     assert f"needs a portrait model, and the bundle {tiny_bundle} has none" in capsys.readouterr().err
     bundle = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, bundle, copy_function=os.link)
@@ -170,8 +176,10 @@ def test_a_bundle_with_a_portrait_model(
     manifest |= {"portrait": {"hash": "0"}, "files": list_files(bundle)}
     (bundle / MANIFEST).write_text(json.dumps(manifest))
     assert main(_words(bundle, tmp_path / "out.mp4")) == 0
-    assert asked == [(WHO, 42)]
+    assert one.asked == [(WHO, 42)]
     assert read_video(tmp_path / "out.mp4").metadata["backend"] == "onnxruntime"
+    assert main(_words(bundle, tmp_path / "out.mp4", "--portrait", str(model))) == 0
+    assert hashed == [False, True], "the bundle's own files are checked with it"
 
 
 @pytest.mark.parametrize(
@@ -320,5 +328,8 @@ def test_where_a_portrait_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert painter_device(tmp_path, "CPU", cpu) == "cpu"
     assert painter_device(tmp_path, "cuda", cpu) == "cuda", "ONNX Runtime's tensors are the CPU's"
     assert painter_device(tmp_path, None, cuda) == "cuda:0"
+    second = "cpu" if kind == "bundle" else "cuda:1"
+    assert painter_device(tmp_path, "cuda:1", cpu) == second
+    assert painter_device(tmp_path, None, torch.device("cuda", 1)) == second
     able[0] = False
     assert painter_device(tmp_path, "cuda", cuda) == "cpu"

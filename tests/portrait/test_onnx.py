@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from proteus_deploy._files import sha256_of
 from proteus_deploy.bundle import Bundle, write_manifest
 from proteus_deploy.cli.main import main
 from proteus_deploy.errors import BackendError, BundleError, CheckFailed, CheckpointError, InputError
@@ -34,7 +37,8 @@ pytest.importorskip("onnxruntime")
 
 from proteus_deploy.export import portrait_onnx
 from proteus_deploy.export.portrait_onnx import export_portrait
-from proteus_deploy.export.portrait_verify import record_reference, verify_portrait
+from proteus_deploy.export.portrait_verify import TOLERANCES_OF, record_reference, verify_portrait
+from proteus_deploy.export.verify import verify_bundle
 from proteus_deploy.portrait.onnx_painter import OnnxPainter
 
 if TYPE_CHECKING:
@@ -279,6 +283,22 @@ def test_what_a_painter_refuses(bundle: PortraitBundle) -> None:
         OnnxPainter(bundle, device="tpu")
 
 
+def test_a_painter_takes_its_sessions_along(bundle: PortraitBundle) -> None:
+    """At once, without the garbage collector: a video's loop needs the memory."""
+    gc.collect()
+    gc.disable()
+    try:
+        ours = OnnxPainter(bundle, threads=1)
+        ours.draw(["a woman"])
+        graphs = ours._graphs
+        parts = [weakref.ref(part) for part in (ours, ours.captions, graphs, *graphs._sessions.values())]
+        assert len(parts) == 7
+        del ours, graphs
+        assert [part() for part in parts] == [None] * 7
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize(
     "name", ["onnx/decoder.onnx", "onnx/text_encoder.onnx", "tokenizer/spiece.model", "reference.safetensors"]
 )
@@ -380,8 +400,27 @@ def test_graphs_of_an_earlier_bundle(
     assert sampled.sampling == SAMPLING
     assert sampled.document["files"] == bundle.document["files"]
     foreign = PortraitCheckpoint.open(write_random_portrait(tmp_path / "checkpoint", seed=1))
-    with pytest.raises(InputError, match="can't be reused: it has another checkpoint"):
+    with pytest.raises(InputError, match=r"can't be reused: it has another checkpoint \(hash\)"):
         export_portrait(foreign, tmp_path / "foreign", graphs_from=bundle.folder)
+
+
+@pytest.mark.parametrize("part", ["configs", "tokenizer"])
+def test_graphs_of_the_same_weights_in_another_model(
+    portrait_folder: Path, bundle: PortraitBundle, tmp_path: Path, part: str
+) -> None:
+    folder = Path(shutil.copytree(portrait_folder, tmp_path / "checkpoint"))
+    document = json.loads((folder / DOCUMENT).read_text())
+    if part == "configs":
+        document["gpt"]["rope_base"] = 5000
+    else:
+        own = Path(shutil.copytree(folder / document["tokenizer"], folder / "own_tokenizer"))
+        (own / "added_tokens.json").write_text("{}")
+        document["tokenizer"] = own.name
+    (folder / DOCUMENT).write_text(json.dumps(document))
+    other = PortraitCheckpoint.open(folder)
+    with pytest.raises(InputError, match=rf"can't be reused: it has another checkpoint \({part}\)"):
+        export_portrait(other, tmp_path / "portrait", graphs_from=bundle.folder)
+    assert not (tmp_path / "portrait").exists()
 
 
 @pytest.fixture
@@ -441,8 +480,18 @@ def test_a_bundle_takes_the_portrait_along(
         raise AssertionError("a graph was traced again")
 
     monkeypatch.setattr(portrait_onnx, "export_graph", no_trace)
+    hashed: list[Path] = []
+
+    def hash_noted(path: Path) -> str:
+        hashed.append(path)
+        return sha256_of(path)
+
+    for module in ("_files", "portrait.checkpoint", "export.portrait_onnx"):
+        monkeypatch.setattr(f"proteus_deploy.{module}.sha256_of", hash_noted)
     again = [*exported_words, "--graphs-from", str(folder), "--overwrite"]
     assert main(again) == 0
+    once = folder / "portrait/onnx/decoder.onnx", checkpoint.gpt_file
+    assert [hashed.count(file) for file in once] == [1, 1]
     assert Bundle.open(folder).hash == opened.hash
 
     (folder / "portrait/onnx/decoder.onnx").write_bytes(b"")
@@ -479,3 +528,15 @@ def test_verify_of_a_bundle_takes_its_portrait_in(
     assert len(lines) == 1
     assert " ok " in lines[0]
     assert "- portrait choices: of mean cosine" in (tmp_path / "report.md").read_text()
+
+    budget = tmp_path / "budget.json"
+    budget.write_text(json.dumps({"graph": 0.5, "portrait decoder": 1e-3}))
+    report = verify_bundle(Bundle.open(folder), ["onnxruntime"], budget=budget)
+    bounds = {row.check: row.tolerance for row in report.rows}
+    assert bounds["denoiser"] == bounds["portrait condition"] == bounds["portrait text_encoder"] == 0.5
+    assert (bounds["portrait vq_decoder"], bounds["portrait decoder"]) == (0.5, 1e-3)
+    assert bounds["portrait choices"] == TOLERANCES_OF["portrait choices"].bound
+    assert report.reasons["portrait decoder"] == "from budget.json"
+    budget.write_text(json.dumps({"portrait encoder": 1e-3}))
+    with pytest.raises(InputError, match=r"'portrait encoder' is not a check; known are .*portrait decoder"):
+        verify_bundle(Bundle.open(folder), ["onnxruntime"], budget=budget)

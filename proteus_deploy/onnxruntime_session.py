@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions over a bundle's graphs, without torch, for a process that only runs one graph."""
+"""ONNX Runtime sessions over exported graphs, without torch, for a process that only runs one graph."""
 
 from __future__ import annotations
 
@@ -7,9 +7,27 @@ from typing import Any
 
 from proteus_deploy.errors import BackendError
 
-__all__ = ["PROVIDERS", "missing_kernels", "open_session", "quantised_formats"]
+__all__ = ["PROVIDERS", "find_provider", "missing_kernels", "open_session", "quantised_formats"]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def find_provider(device: str) -> str:
+    """The provider of a device: cpu or cuda, of which ONNX Runtime is given the first.
+
+    Raises BackendError for another device, and where the package or its provider is absent.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError('onnxruntime is not installed; pip install "proteus-deploy[onnx]"') from error
+    name = str(device).removesuffix(":0")
+    if name not in PROVIDERS:
+        raise BackendError(f"ONNX Runtime device is {device!r}; choose from {', '.join(PROVIDERS)}")
+    available = onnxruntime.get_available_providers()
+    if PROVIDERS[name] not in available:
+        raise BackendError(f"ONNX Runtime has no {PROVIDERS[name]} here; it has {', '.join(available)}")
+    return PROVIDERS[name]
 
 
 def quantised_formats(manifest: Mapping[str, Any], graph: str) -> tuple[str, ...]:
