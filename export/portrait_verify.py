@@ -62,14 +62,16 @@ def record_reference(
 
     ids int64 [1, N] and features float32 [1, P, W] of the caption, valid int64 [1, P], embeddings float32
     [2, P, C], tokens int64 [T - 1], logits float32 [K, 2, V] of the steps in `kept` (int64 [K]), given_up
-    int64 [T, L, 2] (-1 while there was room), pixels float32 [1, 3, H, W] of the tokens, over and over.
+    int64 [T, L, 2] (-1 while there was room, and for padding), pixels float32 [1, 3, H, W] of the tokens,
+    over and over.
     """
     from safetensors.torch import save_file
 
     config = gpt.config
     features, valid = captions([_CAPTION])
     decoding = Decoding(gpt, settings, features, valid, guided=True, trim=False)
-    steps = min(config.block_size, max(_LEAST_STEPS, plan.slots - config.cls_token_num + 1 + _LEAST_CHOICES))
+    choices = plan.slots - config.cls_token_num + 1 + int((~valid).sum())  # the step of the first one
+    steps = min(config.block_size, max(_LEAST_STEPS, choices + _LEAST_CHOICES))
     kept = [step for step in range(steps) if step < _KEPT or step >= steps - _KEPT]
     generators = [torch.Generator().manual_seed(_SAMPLING.seed)]
     logits, tokens, given_up = [decoding.prefill()], [], [_none_given_up(config.n_layer)]
@@ -78,7 +80,7 @@ def record_reference(
         tokens.append(draw_token(guided, _SAMPLING, generators))
         before = _positions(decoding)
         logits.append(decoding.step(tokens[-1]))
-        # The sum of the positions is missing what went, and has what came.
+        # The sum of the positions is missing what went (padding's number is -1), and has what came.
         came = decoding.cache.seen - 1
         full = decoding.cache.rule is not None and before.shape[-1] == plan.slots
         gone = before.sum(dim=-1) + came - _positions(decoding).sum(dim=-1)

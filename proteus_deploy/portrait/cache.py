@@ -8,6 +8,8 @@ The buffer is made once, for as many positions as the plan has slots; there is n
 positions are written behind what is there. Once it is full, the rule names E slots to give up, the E newest
 move into them, and the end is free again: nothing else moves, and nothing is made anew. Attention doesn't
 care about the order of the slots, as keys are rotated before they come here.
+
+Padding goes before anything else, whatever the rule: nothing attends to it, so its slots are free to take.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from proteus_deploy.portrait.plan import CachePlan, check_kernel
 
 __all__ = ["LayerSlots", "SlotCache", "make_cache"]
 
+_PADDING = -1  # the number of its positions
+_LEAST_WORTH = -(1 << 22)  # below what any rule gives; float32 still counts slots from here
+
 
 class SlotCache:
     """The caches of several layers, which come to the same positions one after the other.
@@ -35,10 +40,12 @@ class SlotCache:
     kernel: "torch", or "triton" for one pass over keys and values for attention and ADSA's products together;
     the products of scope "head" are still taken apart. Raises InputError for "triton" with a policy that asks
     for attention weights.
+    padding: bool [B, P], which of the first positions hold nothing. They are no prefix: attention doesn't see
+    them, and they are given up first.
 
     seen: positions that came in, so the next one's number. filled: slots in use.
     keys, values: [layers B, G, S, D]. positions: int64 [layers B, R, S], the number of the position in each
-    slot; of slots below `filled`.
+    slot, -1 for padding; of slots below `filled`.
     offloaded: with the plan's `offload`, what was given up: positions [layers B, R, E] and keys and values
     [layers B, G, E, D], in host memory.
     """
@@ -54,6 +61,7 @@ class SlotCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         kernel: str = "torch",
+        padding: Tensor | None = None,
     ) -> None:
         check_kernel(kernel)
         self.plan = plan
@@ -73,6 +81,9 @@ class SlotCache:
                 "choose kernel torch"
             )
         self.kernel = kernel
+        self._padding = padding
+        # At most so many of a sequence's slots hold padding.
+        self._padded = 0 if padding is None else int(padding.sum(dim=1).max())
 
     @property
     def layers(self) -> list[LayerSlots]:
@@ -110,18 +121,34 @@ class SlotCache:
                 )
             self._give_up(self.plan.cadence)
         start, end = self.filled, self.filled + new
-        if self.rule is not None:
+        if self.rule is not None or self._padded:
             self.positions[:, :, start:end] = torch.arange(
                 self.seen, self.seen + new, device=self.positions.device
             )
+        if self._padding is not None and (held := self._padding[:, self.seen : self.seen + new]).numel():
+            held = held.repeat(self._layers, 1).unsqueeze(1)
+            self.positions[:, :, start : start + held.shape[-1]].masked_fill_(held, _PADDING)
         self.seen, self.filled = self.seen + new, end
+
+    def visible(self) -> Tensor | None:
+        """Which slots in use hold something, bool [B, 1, 1, filled]; None for all of them.
+
+        One answer for all layers and heads: their padding lies in the same slots, as the first go first.
+        """
+        if not self._padded:
+            return None
+        return (self.positions[: self.sequences, 0, : self.filled] != _PADDING)[:, None, None]
 
     def _give_up(self, count: int) -> None:
         assert self.rule is not None
         positions = self.positions[:, :, : self.filled]
         candidates = (positions >= self.plan.prefix) & (positions <= self.seen - self.plan.window)
-        worth = self.rule.worth(self)
-        slots = worth.masked_fill(~candidates, torch.inf).topk(count, largest=False).indices
+        worth = self.rule.worth(self).masked_fill(~candidates, torch.inf)
+        if self._padded:
+            first = torch.arange(self.filled, device=worth.device) + float(_LEAST_WORTH)
+            worth = torch.where(positions == _PADDING, first, worth)
+            self._padded = max(0, self._padded - count)
+        slots = worth.topk(count, largest=False).indices
         if self.plan.offload:
             self._offload(slots)
         # The last slots are to be free. Sorted like this, those among them that stay are paired with the ones
@@ -167,17 +194,18 @@ class LayerSlots:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Take in key and value [B, G, N, D], then attend from query [B, H, N, D] to all that is kept.
 
-        mask: bool, broadcast to [B, H, N, first slots in use]; True is seen, and so are slots behind its end.
-        Once some were given up, a mask can speak of the plan's prefix only.
+        mask: bool, broadcast to [B, H, N, slots in use]; True is seen. Without one, all but padding and, of
+        several new positions, those that follow.
         Returns [B, H, N, D]. Raises InputError for more new positions than there are free slots.
         """
         keys, values = self.take_in(key, value)
         given, query = query.dtype, query.to(keys.dtype)
-        if mask is None and query.shape[2] > 1:
-            past = torch.arange(keys.shape[2], device=query.device)
-            mask = past <= past[-query.shape[2] :, None]
-        elif mask is not None and mask.shape[-1] < keys.shape[2]:
-            mask = functional.pad(mask, (0, keys.shape[2] - mask.shape[-1]), value=True)
+        if mask is None:
+            mask = self._cache.visible()
+            if query.shape[2] > 1:
+                past = torch.arange(keys.shape[2], device=query.device)
+                before = past <= past[-query.shape[2] :, None]
+                mask = before if mask is None else before & mask
         rule = self._cache.rule
         if rule is not None and rule.needs_weights:
             out = self._weigh(query, keys, values, mask, rule)
@@ -244,6 +272,7 @@ def make_cache(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     kernel: str = "torch",
+    padding: Tensor | None = None,
 ) -> SlotCache:
     """The cache of all layers of LlamaGen's decoder; with guidance, both halves count as sequences."""
     return SlotCache(
@@ -255,4 +284,5 @@ def make_cache(
         dtype=dtype,
         device=device,
         kernel=kernel,
+        padding=padding,
     )

@@ -26,9 +26,9 @@ class Decoding:
     """Decoding of a batch, position by position; `draw_tokens` is the loop around it.
 
     condition: classes int64 [B], or caption features [B, P, caption_dim]. valid: bool [B, P], the positions
-    of the condition that hold something; None for all. trim: leave out padding that all images share at the
-    front, to which nothing ever attends. Without it the plan is made for all P positions, as in an exported
-    graph, whose sizes are fixed.
+    of the condition that hold something; None for all. The others are what the cache gives up first. trim:
+    leave out padding that all images share at the front. Without it the plan is made for all P positions, as
+    in an exported graph, whose sizes are fixed.
     cache_dtype: of keys and values and the attention to them; None for that of the weights.
     """
 
@@ -59,7 +59,13 @@ class Decoding:
         plan = cache.plan(self._prompt.shape[1], config.block_size, config.grid_size)
         dtype = cache_dtype or gpt.tok_embeddings.weight.dtype
         self.cache = make_cache(
-            config, plan, len(condition), dtype=dtype, device=self._prompt.device, kernel=kernel
+            config,
+            plan,
+            len(condition),
+            dtype=dtype,
+            device=self._prompt.device,
+            kernel=kernel,
+            padding=None if self._valid is None else ~self._valid,
         )
         self._layers = self.cache.layers
 
@@ -83,8 +89,7 @@ class Decoding:
         if self.guided:
             tokens = torch.cat([tokens, tokens])
         rotary = self.gpt.rotary[self.position : self.position + 1]
-        mask = None if self._valid is None else self._valid[:, None, None]
-        logits: Tensor = self.gpt(self.gpt.tok_embeddings(tokens).unsqueeze(1), rotary, self._layers, mask)
+        logits: Tensor = self.gpt(self.gpt.tok_embeddings(tokens).unsqueeze(1), rotary, self._layers)
         self.position += 1
         return logits[:, -1]
 

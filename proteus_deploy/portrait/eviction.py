@@ -56,7 +56,7 @@ class Redundancy(Rule):
     def __init__(self, *, keep_seen: bool) -> None:
         self._keep_seen = keep_seen
         self._joined = 0  # positions below this one are in the sum, but for the prefix
-        self._count = 0
+        self._count: Tensor | None = None  # [B, R, 1], float32: how many are in the sum
         self.direction: Tensor | None = None  # [B, G, D], float32
         self.inverse_norms: Tensor | None = None  # [B, R, S], float32
         self._similarity: Tensor | None = None  # [B, R, S], found ahead by a fused kernel and used once
@@ -65,8 +65,9 @@ class Redundancy(Rule):
         """Add values of positions that the next one pushes out of the window; returns the sum [B, G, D]."""
         start, end = max(self._joined, cache.plan.prefix), cache.seen - cache.plan.window + 1
         count = max(0, end - start)
-        if self.direction is None or self.inverse_norms is None:
+        if self.direction is None or self.inverse_norms is None or self._count is None:
             values = cache.values
+            self._count = torch.zeros(*cache.positions.shape[:2], 1, device=values.device)
             self.direction = torch.zeros_like(values[:, :, 0], dtype=torch.float32)
             self.inverse_norms = torch.zeros(cache.positions.shape, device=values.device)
         if count:
@@ -85,11 +86,12 @@ class Redundancy(Rule):
     def worth(self, cache: SlotCache) -> Tensor:
         direction = self.join(cache)
         assert self.inverse_norms is not None
+        assert self._count is not None
         similarity, self._similarity = self._similarity, None
         if similarity is None:
             similarity = _value_similarity(cache.values[:, :, : cache.filled], direction, cache.rows)
         cosine = similarity * self.inverse_norms[..., : cache.filled]
-        return (1 - cosine) / max(1, self._count - 1)
+        return (1 - cosine) / (self._count - 1).clamp_min(1)
 
     def can_look_ahead(self, cache: SlotCache) -> bool:
         """Whether the next position makes a choice that the values kept now suffice for.
@@ -105,15 +107,18 @@ class Redundancy(Rule):
         self._similarity[sequences, 0, : cache.filled] = similarity
 
     def tensors(self) -> Iterable[Tensor]:
-        return [one for one in (self.direction, self.inverse_norms, self._similarity) if one is not None]
+        held = (self.direction, self.inverse_norms, self._similarity, self._count)
+        return [one for one in held if one is not None]
 
     def gave_up(self, cache: SlotCache, slots: Tensor, source: Tensor) -> None:
         assert self.direction is not None
         assert self.inverse_norms is not None
+        assert self._count is not None
         if not self._keep_seen:
             unit, _ = self._units(cache, slots)  # the values are still there
-            self.direction -= unit.sum(dim=2)
-            self._count -= slots.shape[-1]
+            counted = (cache.positions.gather(2, slots) >= cache.plan.prefix).float()  # padding never was
+            self.direction -= (unit * counted.unsqueeze(-1)).sum(dim=2)
+            self._count -= counted.sum(dim=-1, keepdim=True)
         self.inverse_norms.scatter_(2, slots, self.inverse_norms.gather(2, source))
 
     def _units(self, cache: SlotCache, slots: Tensor) -> tuple[Tensor, Tensor]:

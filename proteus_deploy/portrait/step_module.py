@@ -5,8 +5,8 @@ the condition, L layers, H heads, G heads of keys and values, S slots, D head si
 
 The graph does what `cache.SlotCache` does with a cadence of 1, slot for slot. While there is room, new
 positions go behind what is there. In a full cache, the last slot's content takes the place of what the rule
-gives up, and the new position takes the last slot. Nothing depends on how far an image is but numbers, so one
-graph runs the whole condition at once and then every token.
+gives up, padding before anything else, and the new position takes the last slot. Nothing depends on how far
+an image is but numbers, so one graph runs the whole condition at once and then every token.
 """
 
 from __future__ import annotations
@@ -54,12 +54,18 @@ class DecodeStep(nn.Module):
 
         Where the plan gives up positions, `state` starts with give_up, int64 [L, 2 B]: -1 leaves the choice
         to the rule, another number is the position that goes, which has to be in the cache. Then given_up,
-        int64 [L, 2 B], what the rule would have gone by, -1 while there is room, and margin, float32
-        [L, 2 B], how much less the rule gives for what went in its place, come behind the logits.
+        int64 [L, 2 B], what the rule would have gone by, -1 while there is room and for padding, and margin,
+        float32 [L, 2 B], how much less the rule gives for what went in its place, come behind the logits.
         """
         config, slots = self.gpt.config, self.plan.slots
         new = seen + torch.arange(tokens.shape[1])
-        choice = _Choice(self.plan, config, seen, new, state) if gives_up(self.plan, config) else None
+        pair = torch.cat([valid, valid]) != 0
+        choice = None
+        if gives_up(self.plan, config):
+            # Positions behind the condition hold something; those of padding have the number -1.
+            known = functional.pad(pair, (0, 1), value=True)
+            real = known.index_select(1, new.clamp(max=config.cls_token_num))
+            choice = _Choice(self.plan, config, seen, new, torch.where(real, new, -1), state)
         caches = state[-2 * config.n_layer :]
         layers = [
             _GraphSlots(keys, values, new, None if choice is None else choice.of_layer(layer))
@@ -68,8 +74,10 @@ class DecodeStep(nn.Module):
         taken = self.gpt.tok_embeddings(torch.cat([tokens, tokens]))
         x = torch.where((new < config.cls_token_num).unsqueeze(-1), embeddings, taken)
         places = torch.arange(slots)
-        pair = torch.cat([valid, valid]) != 0
-        holds = functional.pad(pair, (0, slots - config.cls_token_num), value=True)
+        if choice is None:
+            holds = functional.pad(pair, (0, slots - config.cls_token_num), value=True)
+        else:
+            holds = choice.positions[0] >= 0  # padding lies in the same slots of all layers
         before, itself = places <= new.unsqueeze(-1), places == new.unsqueeze(-1)
         # A padded position sees itself, so that its softmax has something to sum over.
         mask = ((before & holds.unsqueeze(1)) | itself).unsqueeze(1)
@@ -116,16 +124,22 @@ class _Choice:
     """What gives way, of all layers. Rows are layers and sequences, [L, 2 B]."""
 
     def __init__(
-        self, plan: CachePlan, config: GptConfig, seen: Tensor, new: Tensor, state: Sequence[Tensor]
+        self,
+        plan: CachePlan,
+        config: GptConfig,
+        seen: Tensor,
+        new: Tensor,
+        numbers: Tensor,
+        state: Sequence[Tensor],
     ) -> None:
+        """new: int64 [n], the new positions. numbers: int64 [2 B, n], the same, or -1 for padding."""
         names = state_names(plan, config)
         given = dict(zip(names, state, strict=True))
-        self._new, self._slots = new, plan.slots
-        self._positions = given["positions"]
+        positions = given["positions"]
         self._inverse_norms = given.get("inverse_norms")
-        candidates = (self._positions >= plan.prefix) & (self._positions <= seen - plan.window)
+        candidates = (positions >= plan.prefix) & (positions <= seen - plan.window)
         if self._inverse_norms is None:
-            score = -self._positions.float()
+            score = -positions.float()
         else:
             values = [given[f"values_{layer}"] for layer in range(config.n_layer)]
             score = torch.stack(
@@ -135,20 +149,22 @@ class _Choice:
                 ]
             )
         score = torch.where(candidates, score, -torch.inf)
+        score = torch.where(positions < 0, torch.inf, score)  # of a full cache, in which that is padding
         best = score.amax(dim=-1, keepdim=True)
         own = (score >= best - _TIE).int().argmax(dim=-1)
         asked = given["give_up"]
-        told = (self._positions == asked.unsqueeze(-1)).int().argmax(dim=-1)
+        told = (positions == asked.unsqueeze(-1)).int().argmax(dim=-1)
         goes = torch.where(asked < 0, own, told)
         full = seen >= plan.slots
         last = plan.slots - 1
-        self.given_up = torch.where(full, _pick(self._positions, own), -1)
+        self.given_up = torch.where(full, _pick(positions, own), -1)
         # Without a candidate, while there is room, the difference of two infinities is chosen against.
         self.margin = torch.where(full & (asked >= 0), best.squeeze(-1) - _pick(score, goes), 0.0)
         room = torch.where(full, goes, seen).unsqueeze(-1)
         behind = torch.where(full, last, new).expand(*goes.shape, -1)
         # Where nothing moves, two places are one, and the same goes to both.
         self._places, self._moves = torch.cat([room, behind], dim=-1), full & (goes != last)
+        self.positions = self._write(positions, numbers.expand(*goes.shape, -1))  # after the step
 
     def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Slots [2 B, 1 + n] to write to, and whether the first takes what is in the last one, [2 B]."""
@@ -156,8 +172,7 @@ class _Choice:
 
     def bookkeeping(self, layers: Sequence[_GraphSlots]) -> list[Tensor]:
         """Which positions the slots hold after the step, and ADSA's norms of their values."""
-        shape = (*self._moves.shape, -1)
-        after = [self._write(self._positions, self._new.expand(shape))]
+        after = [self.positions]
         if self._inverse_norms is not None:
             norms = [_inverse_norm(cast(Tensor, layer.new_value)) for layer in layers]
             after.append(self._write(self._inverse_norms, torch.stack(norms)))
@@ -221,9 +236,9 @@ def gives_up(plan: CachePlan, config: GptConfig) -> bool:
 def state_names(plan: CachePlan, config: GptConfig) -> tuple[str, ...]:
     """Names of the state's tensors, in order.
 
-    give_up int64 [L, 2 B], positions int64 [L, 2 B, S] (-1 in empty slots) and, for "adsa", inverse_norms
-    float32 [L, 2 B, S], where something is given up; then keys and values of each layer, [2 B, G, S, D].
-    Empty slots hold zeros, or any other finite numbers.
+    give_up int64 [L, 2 B], positions int64 [L, 2 B, S] (-1 in empty slots and of padding) and, for "adsa",
+    inverse_norms float32 [L, 2 B, S], where something is given up; then keys and values of each layer,
+    [2 B, G, S, D]. Empty slots hold zeros, or any other finite numbers.
     """
     names: list[str] = []
     if gives_up(plan, config):

@@ -38,8 +38,8 @@ def feed(cache: SlotCache, seed: int = 0) -> tuple[Tensor, Tensor]:
     return key.flatten(0, 1)[:, :, 0], value.flatten(0, 1)[:, :, 0]
 
 
-def new_cache(plan: CachePlan) -> SlotCache:
-    return SlotCache(plan, SEQUENCES, HEADS, SIZE, layers=LAYERS)
+def new_cache(plan: CachePlan, padding: Tensor | None = None) -> SlotCache:
+    return SlotCache(plan, SEQUENCES, HEADS, SIZE, layers=LAYERS, padding=padding)
 
 
 def kept(cache: SlotCache, sequence: int, row: int = 0) -> list[int]:
@@ -73,9 +73,12 @@ def test_prefix_and_window_stay_and_slots_hold_what_they_say(policy: str, cadenc
 @pytest.mark.parametrize("scope", ["layer", "head"])
 @pytest.mark.parametrize("cadence", [1, 4])
 @pytest.mark.parametrize("redundancy", ["kept", "seen"])
-def test_the_running_sum_is_the_pairwise_definition(redundancy: str, cadence: int, scope: str) -> None:
+@pytest.mark.parametrize("padding", [None, [[False, False, False], [True, True, True]]])
+def test_the_running_sum_is_the_pairwise_definition(
+    padding: list[list[bool]] | None, redundancy: str, cadence: int, scope: str
+) -> None:
     plan = replace(PLAN, cadence=cadence, scope=scope, redundancy=redundancy)  # type: ignore[arg-type]
-    cache = new_cache(plan)
+    cache = new_cache(plan, None if padding is None else torch.tensor(padding))
     came: list[Tensor] = []
     compared = 0
     for position in range(120):
@@ -95,6 +98,32 @@ def test_the_running_sum_is_the_pairwise_definition(redundancy: str, cadence: in
                     compared += 1
         came.append(feed(cache)[1])
     assert compared >= 4 * 20
+
+
+@pytest.mark.parametrize("scope", ["layer", "head"])
+@pytest.mark.parametrize("cadence", [1, 4])
+@pytest.mark.parametrize("policy", SPARSE)
+def test_padding_goes_first(policy: str, cadence: int, scope: str) -> None:
+    """Up to three positions of a prompt of six: while some are there, nothing else is given up."""
+    plan = replace(PLAN, policy=policy, prefix=7, cadence=cadence, scope=scope)  # type: ignore[arg-type]
+    padding = torch.tensor([[True, True, True, False, False, False], [True] + [False] * 5])
+    cache = new_cache(plan, padding)
+    while cache.seen < 40:
+        feed(cache)
+        visible = cache.visible()
+        assert visible is not None or cache.seen > 24
+        for sequence in range(LAYERS * SEQUENCES):
+            hidden = 3 if sequence % SEQUENCES == 0 else 1
+            for row in range(cache.rows):
+                positions = cache.positions[sequence, row, : cache.filled]
+                real = positions[positions >= 0].tolist()
+                assert len(real) == max(0, min(cache.filled, cache.seen - hidden))
+                assert len(set(real)) == len(real)
+                assert set(range(hidden, min(cache.seen, 7))) <= set(real)
+                if visible is not None:  # one answer for all layers and heads
+                    assert torch.equal(visible[sequence % SEQUENCES, 0, 0], positions >= 0)
+    assert cache.visible() is None
+    assert new_cache(plan).visible() is None
 
 
 def test_the_most_redundant_goes() -> None:

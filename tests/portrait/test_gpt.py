@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from threading import Event
+from typing import Literal
 
 import pytest
 import torch
@@ -125,26 +126,29 @@ def test_with_room_for_everything_tokens_are_those_of_the_dense_cache(policy: st
         assert torch.equal(*logits)
 
 
+@pytest.mark.parametrize("scope", ["layer", "head"])
 @pytest.mark.parametrize("policy", SPARSE)
-def test_attention_is_among_what_is_kept(policy: str) -> None:
-    """Step by step, a sparse decoding is the forward at once whose mask hides what was given up."""
-    gpt = random_gpt(replace(CLASSES, n_layer=1))  # with one layer, keys and values don't depend on the mask
-    classes = torch.tensor([3])
-    tokens = torch.randint(96, (1, 64), generator=torch.Generator().manual_seed(2))
-    settings = CacheSettings(policy, 0.5, prefix=3, window=9, cadence=3)
-    decoding = Decoding(gpt, settings, classes, guided=False)
-    logits, masks = [decoding.prefill()], [torch.arange(65) == 0]
-    for column in tokens.T[:-1]:
+def test_attention_is_among_what_is_kept(policy: str, scope: Literal["layer", "head"]) -> None:
+    """Step by step, a sparse decoding is the forward at once, its mask hiding padding and what went."""
+    # With one layer, keys and values don't depend on the mask.
+    gpt = random_gpt(replace(RANDOM_GPT, n_layer=1))
+    features, valid = captions(2, (5, 12))
+    tokens = torch.randint(96, (2, 64), generator=torch.Generator().manual_seed(2))
+    settings = CacheSettings(policy, 0.5, prefix=3, window=9, cadence=3, scope=scope)
+    decoding = Decoding(gpt, settings, features, valid, guided=False)
+    rows = torch.ones(2, RANDOM_GPT.n_head if scope == "head" else 1, 75, 75, dtype=torch.bool).tril()
+    rows[..., :7] &= torch.tensor([False, True]).view(2, 1, 1, 1)
+    logits = [decoding.prefill()]
+    for query, column in enumerate(tokens.T[:-1], 12):
         logits.append(decoding.step(column))
-        held = torch.arange(65)
-        if decoding.cache.rule is not None:
-            held = decoding.cache.positions[0, 0, : decoding.cache.filled]
-        masks.append(torch.zeros(65, dtype=torch.bool).index_fill(0, held[held < 65], value=True))
-    mask = torch.stack(masks)[:, :64]
-    mask[:33] &= torch.ones(33, 64, dtype=torch.bool).tril()
-    embedded = torch.cat([gpt.embed_condition(classes), gpt.tok_embeddings(tokens[:, :-1])], dim=1)
-    want = gpt(embedded, gpt.rotary[:64], mask=mask.view(1, 1, 64, 64))
-    assert mask[40:].sum(dim=1).max() <= 33
+        held = decoding.cache.positions[:, :, : decoding.cache.filled]
+        kept = torch.zeros(*held.shape[:2], 76, dtype=torch.bool).scatter(2, held % 76, value=True)
+        rows[:, :, query] &= kept[..., :75]
+    assert rows[:, :, 50:].sum(dim=-1).max() <= 38
+    assert rows[0, :, -1].sum(dim=-1).min() >= 36  # all slots but those of two steps
+    rows |= torch.eye(75, dtype=torch.bool)
+    embedded = torch.cat([gpt.embed_condition(features)[:, -12:], gpt.tok_embeddings(tokens[:, :-1])], dim=1)
+    want = gpt(embedded, gpt.rotary[20:95], mask=rows)[:, 11:]
     assert_close("logits", torch.stack(logits, dim=1), want, FLOAT32)
 
 
