@@ -49,7 +49,7 @@ class Results(Protocol):
         """Let `save` write the file; whole and stored when this returns, and not yet published."""
 
     def write_portrait(self, claim: Claim, png: bytes) -> None:
-        """Store the portrait of a video whose own file comes next."""
+        """Store the portrait of a video whose own file comes next; where that fails, `remove` the two."""
 
     def path(self, name: str) -> Path:
         """Where a published result lies on this machine. Raises JobNotFound when the file is gone."""
@@ -66,8 +66,9 @@ class Results(Protocol):
 
 
 def with_portraits(names: Iterable[str]) -> set[str]:
-    """The names of videos, and those of their portraits."""
-    return {file for name in names for file in (name, portrait_name(name))}
+    """The names, and for each that is a video's that of its portrait."""
+    names = set(names)
+    return names | {portrait_name(name) for name in names if name.endswith(".mp4")}
 
 
 def write_file(path: Path, save: Callable[[Path], None], facts: dict[str, object] | None) -> JobResult:

@@ -9,7 +9,7 @@ import pytest
 
 from proteus_deploy.errors import InputError
 from proteus_deploy.serving.jobs import Claim, JobNotFound
-from proteus_deploy.serving.results import ResultFolder
+from proteus_deploy.serving.results import ResultFolder, with_portraits
 
 Saving = Callable[[bytes], Callable[[Path], None]]
 NewClaim = Callable[..., Claim]
@@ -52,3 +52,8 @@ def test_sweeping(tmp_path: Path, new_claim: NewClaim, saving: Saving) -> None:
     assert results.sweep(lambda: {kept.name}, older_than_s=60) == []
     assert results.sweep(lambda: {kept.name}) == sorted([".partial-left", orphan.name])
     assert {file.name for file in tmp_path.iterdir()} == {kept.name, "notes.txt"}
+
+
+def test_portraits_of_videos_only() -> None:
+    names = ["video_1-1.mp4", "video_2-1.png", ".partial-left"]
+    assert with_portraits(iter(names)) == {*names, "video_1-1.png"}
