@@ -231,17 +231,19 @@ class Service:
         running, pace, rest_s = self.store.running(), self.store.pace(), 0.0
         for job in running:
             news = self.board.progress(job.id) or job.progress or {}
-            whole_s = 0.0 if pace is None else pace.seconds(1, job.cost)
+            drawn = job.request.get("portrait_prompt") is not None
+            whole_s = 0.0 if pace is None else pace.seconds(1, job.cost, drawn)
             rest_s += whole_s * (1 - news.get("percent", 0) / 100)
         # Of other servers on the same database those workers count that have a job.
         busy = len({job.worker for job in running})
         waiting, cost = self.store.counts()["queued"]
+        portraits = self.store.waiting_portraits()
         return _Load(
             pace=pace,
             workers=max(1, self.supervisor.ready, busy),
             waiting=waiting,
             running=len(running),
-            waiting_s=0.0 if pace is None else pace.seconds(waiting, cost),
+            waiting_s=0.0 if pace is None else pace.seconds(waiting, cost, portraits),
             running_s=rest_s,
         )
 

@@ -44,6 +44,7 @@ __all__ = ["JobStore"]
 
 _QUEUED, _RUNNING = JobState.QUEUED.value, JobState.RUNNING.value
 _LOOKED_AT = 32  # finished videos, for the pace
+_DRAWN = jobs.c.request["portrait_prompt"].as_string().is_not(None)  # jobs for which a portrait is drawn
 
 
 class JobStore(WorkQueue):
@@ -126,12 +127,13 @@ class JobStore(WorkQueue):
             return known_job(connection, owner, idempotency_key, request_hash(*asked))
 
     def _check_room(self, connection: Connection, max_wait: tuple[Pace, float] | None) -> None:
-        query = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(jobs.c.cost), 0.0))
+        cost_of = sa.func.coalesce(sa.func.sum(jobs.c.cost), 0.0)
+        query = sa.select(sa.func.count(), cost_of, sa.func.count(sa.case((_DRAWN, 1))))
         videos = query.where(jobs.c.state == _QUEUED, jobs.c.kind == "video")
-        waiting, cost = connection.execute(videos).one()
+        waiting, cost, portraits = connection.execute(videos).one()
         if waiting >= self._max_queued:
             raise QueueFull(f"{waiting} jobs are waiting, and {self._max_queued} may; try again later")
-        if max_wait is not None and waiting and max_wait[0].seconds(waiting, cost) > max_wait[1]:
+        if max_wait is not None and waiting and max_wait[0].seconds(waiting, cost, portraits) > max_wait[1]:
             raise QueueFull(
                 f"{waiting} jobs are waiting, and what they cost would keep this one waiting for longer than "
                 "this server lets jobs wait; try again later",
@@ -183,6 +185,12 @@ class JobStore(WorkQueue):
             found = {state: (count, float(cost)) for state, count, cost in connection.execute(query)}
         return {state.value: found.get(state.value, (0, 0.0)) for state in JobState}
 
+    def waiting_portraits(self) -> int:
+        """How many of the jobs that wait have a portrait drawn for them."""
+        query = sa.select(sa.func.count()).select_from(jobs).where(jobs.c.state == _QUEUED, _DRAWN)
+        with reading(self._engine) as connection:
+            return connection.scalar(query) or 0
+
     def running(self) -> list[Job]:
         """The jobs that a worker has now."""
         query = sa.select(jobs).where(jobs.c.state == _RUNNING)
@@ -233,7 +241,14 @@ class JobStore(WorkQueue):
         Returns the names of their results, which the caller removes.
         """
         finished = jobs.c.state.in_([state.value for state in FINISHED])
-        columns = (jobs.c.number, jobs.c.finished_at, jobs.c.deleted, jobs.c.result_bytes, jobs.c.result_name)
+        columns = (
+            jobs.c.number,
+            jobs.c.finished_at,
+            jobs.c.deleted,
+            jobs.c.result_bytes,
+            jobs.c.result_facts,
+            jobs.c.result_name,
+        )
         # A character's job stays as long as the character: it says whether the photo could be encoded.
         mine = sa.and_(finished, sa.or_(jobs.c.kind == "video", jobs.c.deleted))
         query = sa.select(*columns).where(mine).order_by(jobs.c.finished_at.desc(), jobs.c.number.desc())
@@ -241,12 +256,14 @@ class JobStore(WorkQueue):
         kept_bytes, gone = 0, []
         with writing(self._engine) as connection:
             for row in connection.execute(query).all():
-                kept_bytes += row.result_bytes or 0
+                # A portrait's file goes with its video's.
+                stored = (row.result_bytes or 0) + (row.result_facts or {}).get("portrait_bytes", 0)
+                kept_bytes += stored
                 too_old = oldest is not None and row.finished_at < oldest
-                too_much = max_bytes is not None and bool(row.result_bytes) and kept_bytes > max_bytes
+                too_much = max_bytes is not None and stored > 0 and kept_bytes > max_bytes
                 if row.deleted or too_old or too_much:
                     gone.append(row)
-                    kept_bytes -= row.result_bytes or 0
+                    kept_bytes -= stored
             for row in gone:
                 connection.execute(sa.delete(jobs).where(jobs.c.number == row.number))
         return [row.result_name for row in gone if row.result_name]

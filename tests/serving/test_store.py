@@ -269,6 +269,16 @@ def test_retention(store: JobStore, clock: Clock) -> None:
     assert store.result_names() == {"2.mp4", "3.mp4"}
 
 
+def test_retention_counts_the_files_of_portraits(store: JobStore, clock: Clock) -> None:
+    for number, facts in enumerate(({}, {"portrait_bytes": 60}, {"portrait_bytes": 60})):
+        store.submit("anna", {"n": number})
+        store.complete(_claim(store), JobResult(f"{number}.mp4", 100, "0" * 64, facts))
+        clock.now += 100
+    assert store.retain(max_bytes=420) == []
+    assert store.retain(max_bytes=419) == ["0.mp4"]
+    assert store.retain(max_bytes=319) == ["1.mp4"]
+
+
 def test_claimers_never_share_a_job(store: JobStore) -> None:
     total = 24
     for number in range(total):
@@ -480,6 +490,19 @@ def test_waiting_cost_is_bounded(store: JobStore) -> None:
     assert caught.value.by_cost
 
 
+def test_portraits_that_wait_are_part_of_the_waiting_cost(store: JobStore) -> None:
+    pace = Pace(job_s=1.0, cost_s=2.0, portrait_s=4.0)
+    assert store.waiting_portraits() == 0
+    for request in ({}, {"portrait_prompt": "a woman"}, {"portrait_prompt": "é"}, {"portrait_prompt": None}):
+        store.submit("anna", request, cost=1.0)
+    assert store.waiting_portraits() == 2
+    with pytest.raises(QueueFull, match="4 jobs are waiting, and what they cost"):
+        store.submit("anna", {}, cost=1.0, max_wait=(pace, 19.9))
+    store.submit("anna", {}, cost=1.0, max_wait=(pace, 20.0))
+    _claim(store), _claim(store)
+    assert store.waiting_portraits() == 1
+
+
 def test_the_pace_is_of_the_last_videos(store: JobStore, clock: Clock) -> None:
     assert store.pace() is None
     loop = {"stage_seconds": {"identity": 0.5, "denoise": 3.0, "decode": 1.5}}
@@ -491,6 +514,7 @@ def test_the_pace_is_of_the_last_videos(store: JobStore, clock: Clock) -> None:
     pace = store.pace()
     assert pace == Pace(job_s=2.0, cost_s=1.0)
     assert pace.seconds(2, 7.0) == 11.0
+    assert replace(pace, portrait_s=3.0).seconds(2, 7.0, 1) == 14.0
     # One during which the machine stood still changes nothing.
     store.submit("anna", {}, cost=3.0)
     clock.now += 1
