@@ -6,7 +6,7 @@ import base64
 import io
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ _SHARE, _LEAST_S = 0.1, 1.0
 
 
 class Previews:
-    """One batch's. `watch` from any thread; give `on_step` to the pipeline.
+    """Those of the jobs at hand. `watch` from any thread; give `on_step` to the pipeline.
 
-    draw(event, row): the picture [H, W, 3] uint8 of one video of the batch. send(row, data URL).
+    draw(event, place): the picture [H, W, 3] uint8 of one video of the batch. send(row of the job, data URL).
     """
 
     def __init__(
@@ -40,10 +40,15 @@ class Previews:
     ) -> None:
         self._draw, self._send, self._clock = draw, send, clock
         self._watched: set[int] = set()
+        self._rows: list[int] | None = None
         self._next_s = 0.0
 
+    def make_only(self, rows: Sequence[int]) -> None:
+        """The pipeline's batch is made of these jobs, in this order; until this is said, of all."""
+        self._rows = list(rows)
+
     def watch(self, row: int) -> None:
-        """Somebody looks at this video of the batch."""
+        """Somebody looks at this job's video."""
         self._watched.add(row)
 
     def unwatch(self, row: int) -> None:
@@ -57,7 +62,9 @@ class Previews:
             return
         try:
             for row in sorted(self._watched):
-                self._send(row, _data_url(self._draw(event, row)))
+                if self._rows is None or row in self._rows:
+                    place = row if self._rows is None else self._rows.index(row)
+                    self._send(row, _data_url(self._draw(event, place)))
         except Exception:  # noqa: BLE001 - looking on must not end the video, whatever a backend raises
             _log.exception("no more pictures of this batch")
             self._next_s = float("inf")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from proteus_deploy.pipeline import ProgressEvent, StepEvent
 
-__all__ = ["JobProgress", "StageTimes"]
+__all__ = ["JobProgress", "PortraitProgress", "StageTimes"]
 
 # Parts of 100 percent. Preparation and decoding have no common unit with steps; these only order them.
 _PREPARED, _DENOISED = 3, 95
@@ -32,6 +32,23 @@ class StageTimes:
         self._decode_s[shape] = seconds
 
 
+class PortraitProgress:
+    """Reports tokens of one job's portrait, a few times a second; a `Report` for the portrait model."""
+
+    def __init__(
+        self, report: Callable[[dict[str, Any]], None], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._report, self._clock = report, clock
+        self._told_s = float("-inf")
+
+    def __call__(self, _: str, done: int, total: int) -> None:
+        now = self._clock()
+        if done < total and now - self._told_s < _PORTRAIT_S:
+            return
+        self._told_s = now
+        self._report({"stage": "portrait", "done": done, "total": total, "percent": 0, "eta_s": None})
+
+
 class JobProgress:
     """Turns the pipeline's events into reports; give `on_step` and `on_progress` to `Pipeline.generate`.
 
@@ -49,33 +66,18 @@ class JobProgress:
         self._report, self._times, self._shape, self._clock = report, times, shape, clock
         self._step_s: list[float] = []
         self._began_s = self._denoised_s = clock()
-        self._portrait_s = float("-inf")
         self.seconds: dict[str, float] = {}
         self.steps = 0
-        self.latest: dict[str, Any] = {}
 
     def on_step(self, event: StepEvent) -> None:
         """Remember how long the step took; the event of the phase follows it."""
         self._step_s.append(event.seconds)
         self.steps += 1
 
-    def on_portrait(self, _: str, done: int, total: int) -> None:
-        """Report tokens of a reference portrait, a few times a second; a `Report` of the portrait model."""
-        now = self._clock()
-        if done < total and now - self._portrait_s < _PORTRAIT_S:
-            return
-        self._portrait_s = now
-        self._tell("portrait", done, total, 0.0, None)
-
-    def count(self, phase: str) -> float:
-        """The clock's time, after counting what no other phase has as this one's."""
-        now = self._clock()
-        self.seconds[phase] = round(now - self._began_s - sum(self._earlier(phase)), 4)
-        return now
-
     def on_progress(self, event: ProgressEvent) -> None:
         """Report a part of a phase."""
-        now = self.count(event.phase)
+        now = self._clock()
+        self.seconds[event.phase] = round(now - self._began_s - sum(self._earlier(event.phase)), 4)
         eta_s: float | None = None
         if event.phase == "denoise":
             percent = _PREPARED + (_DENOISED - _PREPARED) * event.done / event.total
@@ -89,17 +91,15 @@ class JobProgress:
                 self._times.record(self._shape, now - self._denoised_s)
         else:
             percent = 1.0
-        self._tell(event.phase, event.done, event.total, percent, eta_s)
-
-    def _tell(self, stage: str, done: int, total: int, percent: float, eta_s: float | None) -> None:
-        self.latest = {
-            "stage": stage,
-            "done": done,
-            "total": total,
-            "percent": int(percent),
-            "eta_s": None if eta_s is None else round(eta_s, 3),
-        }
-        self._report(self.latest)
+        self._report(
+            {
+                "stage": event.phase,
+                "done": event.done,
+                "total": event.total,
+                "percent": int(percent),
+                "eta_s": None if eta_s is None else round(eta_s, 3),
+            }
+        )
 
     def _earlier(self, phase: str) -> list[float]:
         return [seconds for name, seconds in self.seconds.items() if name != phase]

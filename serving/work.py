@@ -15,24 +15,46 @@ __all__ = ["Work"]
 
 
 class Work:
-    """The jobs at hand. The pipeline is stopped when none of them is wanted any more."""
+    """The jobs at hand. The pipeline is stopped when none of them is wanted any more.
+
+    stop: of all of them; `stop_of` is one job's own. news: the last that was told of each job, by its id.
+    states: of those that ended, which in a batch may be before the others.
+    """
 
     def __init__(self, claims: Sequence[Claim]) -> None:
         self.claims = tuple(claims)
         self.stop, self.done = threading.Event(), threading.Event()
         self.previews: Previews | None = None
         self.measures: dict[str, Any] = {}  # of a batch that was made
+        self.news: dict[str, dict[str, Any]] = {}
+        self.states: dict[str, str] = {}
         self._reasons: dict[str, str] = {}
+        self._stops = {claim.job.id: threading.Event() for claim in claims}
+
+    @property
+    def left(self) -> list[Claim]:
+        """Those that haven't ended."""
+        return [claim for claim in self.claims if claim.job.id not in self.states]
+
+    def end(self, claim: Claim, state: str) -> None:
+        """The job has ended, and nothing more is told of it."""
+        self.states[claim.job.id] = state
+        self.drop(claim, "ended")
 
     def drop(self, claim: Claim, reason: str) -> None:
         """Why a job isn't wanted; the first reason counts."""
         self._reasons.setdefault(claim.job.id, reason)
+        self._stops[claim.job.id].set()
         if len(self._reasons) == len(self.claims):
             self.stop.set()
 
     def drop_all(self, reason: str) -> None:
         for claim in self.claims:
             self.drop(claim, reason)
+
+    def stop_of(self, claim: Claim) -> threading.Event:
+        """Set when this job isn't wanted any more."""
+        return self._stops[claim.job.id]
 
     def reason(self, claim: Claim) -> str | None:
         """Why the job isn't wanted; None while it is."""

@@ -29,9 +29,17 @@ from proteus_deploy.serving.jobs import Claim, JobFailure, JobState, LostClaim
 from proteus_deploy.serving.logs import write_logs
 from proteus_deploy.serving.measures import resident_bytes
 from proteus_deploy.serving.messages import Channel, WorkerSettings
-from proteus_deploy.serving.portraits import Portraits, drawn_facts, portrait_model, portrait_of
+from proteus_deploy.serving.portraits import (
+    Drawn,
+    Portraits,
+    PortraitUnavailable,
+    drawn_facts,
+    portrait_model,
+    portrait_of,
+)
 from proteus_deploy.serving.previews import Previews
-from proteus_deploy.serving.progress import JobProgress, StageTimes
+from proteus_deploy.serving.progress import JobProgress, PortraitProgress, StageTimes
+from proteus_deploy.serving.results import video_name
 from proteus_deploy.serving.shared_results import open_results
 from proteus_deploy.serving.work import Work
 from proteus_deploy.serving.work_queue import WorkQueue
@@ -39,7 +47,6 @@ from proteus_deploy.serving.worker_pipeline import open_pipeline, request_fields
 
 if TYPE_CHECKING:
     from proteus_deploy.pipeline import Pipeline, StepEvent
-    from proteus_deploy.reference_portrait import Portrait
     from proteus_deploy.request import GenerateRequest
     from proteus_deploy.stage_cache import StageCache
     from proteus_deploy.video import Video
@@ -135,30 +142,29 @@ class Worker:
             work.drop_all("server stopped")
         for claim in claims:
             self._channel.send(started=claim.job.id, attempt=claim.attempt, worker=self._settings.name)
-        size = tuple(claims[0].job.request.get(name) for name in ("height", "width", "num_frames"))
-        progress = JobProgress(lambda news: self._tell(work, news), self._times, size)
-        heart = threading.Thread(target=self._beat, args=(work, progress), daemon=True)
+        heart = threading.Thread(target=self._beat, args=(work,), daemon=True)
         heart.start()
         try:
             if claims[0].job.kind == "character":
-                return [self._encode(claims[0])]
-            return self._make(work, progress)
+                work.end(claims[0], self._encode(claims[0]))
+            else:
+                self._make(work)
         except Cancelled:
-            return [self._stopped(claim, work) for claim in claims]
+            pass  # each has its reason
         except LostClaim:
-            return ["lost"]
+            work.end(claims[0], "lost")
         except ProteusError as error:
-            if len(claims) == 1:
-                code = "invalid_request" if isinstance(error, InputError) else "computation_error"
-                return [self._failed(claims[0], code, error)]
+            left = work.left
+            if len(left) == 1:
+                work.end(left[0], self._failed(left[0], error))
+            for claim in work.left:
+                work.drop(claim, "to be alone")
         finally:
             work.done.set()
             heart.join()
             self._current = None
             self._channel.send(measures=self._measures(work))
-        for claim in claims:
-            work.drop(claim, "to be alone")
-        return [self._stopped(claim, work) for claim in claims]
+        return [work.states.get(claim.job.id) or self._stopped(claim, work) for claim in claims]
 
     def _encode(self, claim: Claim) -> str:
         """A character's photo: refused here, or in the cache from now on."""
@@ -167,14 +173,21 @@ class Worker:
         self._pipeline.encode_photo(photo, face_index=claim.job.request["face_index"])
         return self._queue.complete(claim).value
 
-    def _make(self, work: Work, progress: JobProgress) -> list[str]:
+    def _make(self, work: Work) -> None:
+        """The videos of the jobs at hand, together, but for those that end before: their portraits failed."""
+        drawn = self._draw_portraits(work)
+        for claim in work.left:
+            if work.reason(claim):
+                work.end(claim, self._stopped(claim, work))
+        claims = work.left
+        if not claims:
+            return
+        if work.previews is not None:
+            work.previews.make_only([work.claims.index(claim) for claim in claims])
         started_s = time.monotonic()
-        portraits = [
-            portrait_of(self._portraits, claim.job.request, progress, work.stop) for claim in work.claims
-        ]
-        requests = [
-            self._request(claim, portrait) for claim, portrait in zip(work.claims, portraits, strict=True)
-        ]
+        size = tuple(claims[0].job.request.get(name) for name in ("height", "width", "num_frames"))
+        progress = JobProgress(partial(self._tell, work), self._times, size)
+        requests = [self._request(claim, drawn.get(claim.job.id)) for claim in claims]
         videos = self._pipeline.generate_batch(
             requests,
             on_step=partial(self._on_step, work, progress),
@@ -182,24 +195,50 @@ class Worker:
             cancel=work.stop,
         )
         seconds = round(time.monotonic() - started_s, 4)
-        facts: dict[str, object] = {"seconds": seconds, "batch": len(videos)}
-        facts |= {"stage_seconds": progress.seconds}
-        shown_s = sum(video.frames.shape[1] / video.fps for video in videos)
-        work.measures = {**facts, "steps": progress.steps, "video_seconds": shown_s}
-        return [
-            self._stopped(claim, work) if work.reason(claim) else self._publish(claim, video, facts, portrait)
-            for claim, video, portrait in zip(work.claims, videos, portraits, strict=True)
-        ]
+        stages, portraits_s = dict(progress.seconds), sum(one.seconds for one in drawn.values())
+        work.measures = {
+            "seconds": seconds + portraits_s,
+            "batch": len(videos),
+            "stage_seconds": stages | ({"portrait": portraits_s} if drawn else {}),
+            "steps": progress.steps,
+            "video_seconds": sum(video.frames.shape[1] / video.fps for video in videos),
+        }
+        for claim, video in zip(claims, videos, strict=True):
+            if work.reason(claim):
+                work.end(claim, self._stopped(claim, work))
+                continue
+            portrait = drawn.get(claim.job.id)
+            own_s = 0.0 if portrait is None else portrait.seconds
+            facts: dict[str, object] = {"seconds": round(seconds + own_s, 4), "batch": len(videos)}
+            facts["stage_seconds"] = stages | ({} if portrait is None else {"portrait": own_s})
+            work.end(claim, self._publish(claim, video, facts, portrait))
 
-    def _request(self, claim: Claim, portrait: Portrait | None) -> GenerateRequest:
+    def _draw_portraits(self, work: Work) -> dict[str, Drawn]:
+        """By job, of those that came without a photo; a job whose portrait can't be drawn fails here."""
+        drawn: dict[str, Drawn] = {}
+        for claim in work.claims:
+            if work.reason(claim):
+                continue
+            report = PortraitProgress(partial(self._tell_one, work, claim))
+            try:
+                one = portrait_of(self._portraits, claim.job.request, report, work.stop_of(claim))
+            except Cancelled:
+                continue  # it has its reason
+            except ProteusError as error:
+                work.end(claim, self._failed(claim, error))
+            else:
+                drawn |= {} if one is None else {claim.job.id: one}
+        return drawn
+
+    def _request(self, claim: Claim, drawn: Drawn | None) -> GenerateRequest:
         from proteus_deploy.request import GenerateRequest
 
         request = claim.job.request
         return GenerateRequest(
             **request_fields(request),
-            photo=self._queue.photo(claim) if portrait is None else portrait.image,
+            photo=self._queue.photo(claim) if drawn is None else drawn.portrait.image,
             adapters=self._adapters.uses(request.get("adapters")),
-            metadata={} if portrait is None else {"portrait": drawn_facts(request, portrait)},
+            metadata={} if drawn is None else {"portrait": drawn_facts(request, drawn.portrait)},
         )
 
     def _measures(self, work: Work) -> dict[str, Any]:
@@ -218,20 +257,23 @@ class Worker:
     def _send_preview(self, work: Work, row: int, picture: str) -> None:
         self._channel.send(job=work.claims[row].job.id, preview=picture)
 
-    def _publish(
-        self, claim: Claim, video: Video, facts: Mapping[str, object], portrait: Portrait | None
-    ) -> str:
+    def _publish(self, claim: Claim, video: Video, facts: Mapping[str, object], drawn: Drawn | None) -> str:
         from proteus_deploy.reference_portrait import portrait_png
 
         _, frames, _, height, width = video.frames.shape
         own: dict[str, object] = {"frames": frames, "height": height, "width": width, "fps": video.fps}
         own |= {"seed": video.metadata.get("seed"), "backend": video.metadata.get("backend"), **facts}
-        if portrait is not None:
-            drawn = drawn_facts(claim.job.request, portrait)
-            png = portrait_png(portrait.image, drawn, mark=self._settings.provenance)
-            self._results.write_portrait(claim, png)
-            own["portrait_seed"] = portrait.seed
-        result = self._results.write(claim, partial(self._save, video), own)
+        try:
+            if drawn is not None:
+                said = drawn_facts(claim.job.request, drawn.portrait)
+                png = portrait_png(drawn.portrait.image, said, mark=self._settings.provenance)
+                self._results.write_portrait(claim, png)
+                own |= {"portrait_seed": drawn.portrait.seed, "portrait_bytes": len(png)}
+            result = self._results.write(claim, partial(self._save, video), own)
+        except BaseException:
+            with contextlib.suppress(Exception):  # a later sweep removes what is left, if anything
+                self._results.remove([video_name(claim)])
+            raise
         try:
             state = self._queue.complete(claim, result)
         except LostClaim:
@@ -248,10 +290,14 @@ class Worker:
 
     def _tell(self, work: Work, news: dict[str, Any]) -> None:
         for claim in work.claims:
-            if work.reason(claim) is None:
-                self._channel.send(job=claim.job.id, attempt=claim.attempt, progress=news)
+            self._tell_one(work, claim, news)
 
-    def _beat(self, work: Work, progress: JobProgress) -> None:
+    def _tell_one(self, work: Work, claim: Claim, news: dict[str, Any]) -> None:
+        if work.reason(claim) is None:
+            work.news[claim.job.id] = news
+            self._channel.send(job=claim.job.id, attempt=claim.attempt, progress=news)
+
+    def _beat(self, work: Work) -> None:
         """Renew the leases, and see which jobs have to stop.
 
         A cancellation comes over the socket, unless another server on the same database was asked for it.
@@ -269,9 +315,9 @@ class Worker:
             if time.monotonic() - last_s < renew_s:
                 continue
             last_s = time.monotonic()
-            for claim in work.claims:
+            for claim in work.left:
                 if work.reason(claim) != "lost":
-                    self._renew(work, claim, progress)
+                    self._renew(work, claim)
 
     def _look_for_cancellations(self, work: Work) -> None:
         with contextlib.suppress(sa.exc.OperationalError):  # the renewal says so
@@ -280,9 +326,10 @@ class Worker:
                 if claim.job.id in asked:
                     work.drop(claim, "cancelled")
 
-    def _renew(self, work: Work, claim: Claim, progress: JobProgress) -> None:
+    def _renew(self, work: Work, claim: Claim) -> None:
+        news = work.news.get(claim.job.id)
         try:
-            if self._queue.renew(claim, lease_s=self._settings.lease_s, progress=progress.latest or None):
+            if self._queue.renew(claim, lease_s=self._settings.lease_s, progress=news):
                 work.drop(claim, "cancelled")
         except LostClaim:
             work.drop(claim, "lost")
@@ -307,7 +354,10 @@ class Worker:
             return "lost"
         return "lost"
 
-    def _failed(self, claim: Claim, code: str, error: ProteusError) -> str:
+    def _failed(self, claim: Claim, error: ProteusError) -> str:
+        code = "invalid_request" if isinstance(error, InputError) else "computation_error"
+        if isinstance(error, PortraitUnavailable):
+            code = "portrait_unavailable"
         try:
             self._queue.fail(claim, JobFailure(code, str(error)))
         except LostClaim:

@@ -96,3 +96,21 @@ def test_pictures_take_a_tenth_of_the_time() -> None:
     now[0] += 100
     previews.on_step(_Event())  # type: ignore[arg-type]
     assert len(sent) <= 5
+
+
+def test_pictures_of_a_batch_that_some_jobs_have_left() -> None:
+    """The first of three ended before; the second video of the batch is the third job's."""
+    import numpy as np
+
+    drawn, sent = list[int](), list[int]()
+
+    def draw(_event: Any, place: int) -> Any:
+        drawn.append(place)
+        return np.zeros((8, 8, 3), np.uint8)
+
+    previews = Previews(draw, lambda row, _: sent.append(row), clock=lambda: 0.0)
+    previews.make_only([1, 2])
+    for row in (0, 2):
+        previews.watch(row)
+    previews.on_step(_Event())  # type: ignore[arg-type]
+    assert (drawn, sent) == ([1], [2])

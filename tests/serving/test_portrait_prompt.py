@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import socket
@@ -18,17 +19,18 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from proteus_deploy.bundle import Bundle
-from proteus_deploy.errors import Cancelled, CheckpointError, InputError
-from proteus_deploy.pipeline import Pipeline, ProgressEvent
+from proteus_deploy.errors import BackendError, BundleError, Cancelled, CheckpointError, InputError
+from proteus_deploy.pipeline import Pipeline
 from proteus_deploy.portrait.plan import CacheSettings
 from proteus_deploy.portrait.sampling import Sampling
 from proteus_deploy.provenance import GENERATED
 from proteus_deploy.serving.api_document import VideoObject
 from proteus_deploy.serving.app import create_app
-from proteus_deploy.serving.jobs import Claim, Job, JobState
+from proteus_deploy.serving.jobs import Claim, Job, JobResult, JobState
 from proteus_deploy.serving.messages import Channel, PipelineChoice, WorkerSettings
+from proteus_deploy.serving.pace import Pace
 from proteus_deploy.serving.portraits import Portraits, portrait_model
-from proteus_deploy.serving.progress import JobProgress, StageTimes
+from proteus_deploy.serving.progress import PortraitProgress
 from proteus_deploy.serving.results import ResultFolder
 from proteus_deploy.serving.service import Service, ServiceSettings
 from proteus_deploy.serving.worker import Worker
@@ -44,12 +46,13 @@ TOKENS = 4
 
 
 class Drawing:
-    """A painter in whose pictures there is a face from seed `first` on."""
+    """A painter in whose pictures there is a face from seed `first` on. fault: raised instead."""
 
     sampling, cache = Sampling(), CacheSettings()
 
     def __init__(self, first: int = 0) -> None:
         self.first, self.seeds = first, list[int]()
+        self.fault: Exception | None = None
         self.on_token: Callable[[int], object] = lambda _: None
 
     def draw(
@@ -57,6 +60,8 @@ class Drawing:
     ) -> list[Any]:
         (_caption,), (seed,) = captions, seeds
         self.seeds.append(seed)
+        if self.fault is not None:
+            raise self.fault
         for done in range(1, TOKENS + 1):
             report("portrait", done, TOKENS)
             self.on_token(done)
@@ -110,6 +115,8 @@ class Working:
         url = service.engine.url.render_as_string(hide_password=False)
         settings = WorkerSettings("w", choice, url, folder, lease_s=60, poll_s=0.02)
         portraits = None if painter is None else Portraits(choice, pipeline, cache)
+        if painter is not None:
+            painter.seeds.clear()  # of the trial at the start
         self.worker = Worker(settings, pipeline, self.channel, cache, portraits)
         self.told: list[dict[str, Any]] = []
         self.ear = threading.Thread(target=lambda: self.told.extend(Channel(self.theirs)), daemon=True)
@@ -122,13 +129,14 @@ class Working:
         self.worker._do(claims)
         return [self.store.get(claim.job.id) for claim in claims]
 
-    def news(self) -> list[dict[str, Any]]:
-        """All that was told of progress; ends the worker."""
+    def news(self, job: str | None = None) -> list[dict[str, Any]]:
+        """All that was told of progress, of one job where it is named; ends the worker."""
         self.worker._engine.dispose()
         self.channel.close()
         self.ear.join()
         self.theirs.close()
-        return [message["progress"] for message in self.told if "progress" in message]
+        told = [message for message in self.told if "progress" in message]
+        return [message["progress"] for message in told if job in (None, message["job"])]
 
 
 @pytest.fixture
@@ -264,7 +272,7 @@ def test_from_a_prompt_to_a_video_and_its_portrait(
     shown = client.get(route).json()
     VideoObject.model_validate(shown, strict=True)
     assert (shown["status"], shown["seed"], shown["portrait_seed"]) == ("completed", 5, 7)
-    assert "portrait" in shown["stage_seconds"]
+    assert shown["stage_seconds"]["portrait"] > 0
     answer = client.get(f"{route}/portrait")
     assert (answer.headers["content-type"], answer.status_code) == ("image/png", 200)
     with Image.open(io.BytesIO(answer.content)) as image:
@@ -273,6 +281,8 @@ def test_from_a_prompt_to_a_video_and_its_portrait(
     assert json.loads(texts["Comment"]) == {"prompt": WHO, "seed": 7}
     assert GENERATED in texts["XML:com.adobe.xmp"]
     assert job.result is not None
+    assert job.result.facts["portrait_bytes"] == len(answer.content)
+    assert job.result.facts["seconds"] >= job.result.facts["stage_seconds"]["portrait"]
     video = read_video(worker.results.path(job.result.name))
     assert video.metadata["request"]["portrait"] == {"prompt": WHO, "seed": 7}
     # Another attempt at the same request gives the same bytes.
@@ -315,24 +325,63 @@ def test_no_face(client: TestClient, work: Callable[..., Working]) -> None:
 
 
 def test_a_batch_and_the_one_without_a_face(client: TestClient, work: Callable[..., Working]) -> None:
-    ids = [client.post("/v1/videos", json=BODY | {"seed": seed}).json()["id"] for seed in (5, 50)]
+    ids = [client.post("/v1/videos", json=BODY | {"seed": seed}).json()["id"] for seed in (50, 5, 51)]
     painter = Drawing(first=50)
     worker = work(painter)
-    claims = worker.claim(limit=2)
+    claims = worker.claim(limit=3)
     assert [claim.job.id for claim in claims] == ids, "they can share a batch"
-    assert [job.state for job in worker.do(claims)] == [JobState.RUNNING] * 2, "put back, to be alone"
-    for claim in (worker.claim(), worker.claim()):
-        worker.do(claim)
-    shown = [client.get(f"/v1/videos/{one}").json() for one in ids]
-    assert [one["status"] for one in shown] == ["failed", "completed"]
-    pair = [client.post("/v1/videos", json=BODY | {"seed": seed}).json()["id"] for seed in (50, 51)]
-    jobs = worker.do(worker.claim(limit=2))
-    assert [job.result is not None and job.result.facts["batch"] for job in jobs] == [2, 2]
-    seeds = [client.get(f"/v1/videos/{one}").json()["portrait_seed"] for one in pair]
-    assert seeds == [50, 51]
-    portraits = [client.get(f"/v1/videos/{one}/portrait").content for one in (ids[1], *pair)]
+    first, faceless, second = worker.do(claims)
+    assert faceless.failure is not None
+    assert (faceless.failure.code, faceless.attempt) == ("invalid_request", 1)
+    assert "seeds 5 to 8 were tried" in faceless.failure.message
+    assert [job.result is not None and job.result.facts["batch"] for job in (first, second)] == [2, 2]
+    assert painter.seeds == [50, 5, 6, 7, 8, 51], "no portrait is drawn again"
+    seeds = [client.get(f"/v1/videos/{one}").json().get("portrait_seed") for one in ids]
+    assert seeds == [50, None, 51]
+    alone = client.post("/v1/videos", json=BODY | {"seed": 50}).json()["id"]
+    worker.do(worker.claim())
+    portraits = [client.get(f"/v1/videos/{one}/portrait").content for one in (alone, ids[0], ids[2])]
     assert portraits[0] == portraits[1], "whatever it is made beside"
     assert portraits[1] != portraits[2]
+
+
+def test_a_batch_none_of_which_has_a_face(client: TestClient, work: Callable[..., Working]) -> None:
+    for seed in (5, 6):
+        client.post("/v1/videos", json=BODY | {"seed": seed})
+    worker = work(Drawing(first=100))
+    jobs = worker.do(worker.claim(limit=2))
+    assert [job.state for job in jobs] == [JobState.FAILED] * 2
+
+
+def test_a_batch_of_a_photo_and_a_portrait(
+    client: TestClient, drawn_photo: bytes, work: Callable[..., Working]
+) -> None:
+    """What is told of the portrait is told of its own job only, to clients and to the database."""
+    photo = base64.b64encode(drawn_photo).decode()
+    bodies = (BODY | {"portrait_prompt": None, "input_reference": f"data:image/png;base64,{photo}"}, BODY)
+    ids = [client.post("/v1/videos", json=body).json()["id"] for body in bodies]
+    painter = Drawing()
+    worker = work(painter)
+    claims = worker.claim(limit=2)
+    assert [claim.job.id for claim in claims] == ids
+    stored: list[Any] = []
+
+    def renew(done: int) -> None:
+        current = worker.worker._current
+        assert current is not None
+        for claim in claims if done == 1 else ():
+            worker.worker._renew(current, claim)
+            stored.append(worker.store.get(claim.job.id).progress)
+
+    painter.on_token = renew
+    jobs = worker.do(claims)
+    assert stored == [None, {"stage": "portrait", "done": 1, "total": TOKENS, "percent": 0, "eta_s": None}]
+    stages = [job.result.facts["stage_seconds"] for job in jobs if job.result is not None]
+    assert ["portrait" in one for one in stages] == [False, True]
+    assert stages[0]["denoise"] == stages[1]["denoise"], "made together"
+    worker.news()
+    told = [{one["stage"] for one in worker.news(name)} for name in ids]
+    assert told[1] - told[0] == {"portrait"}
 
 
 def test_cancelled_between_tokens(client: TestClient, service: Service, work: Callable[..., Working]) -> None:
@@ -354,6 +403,32 @@ def test_cancelled_between_tokens(client: TestClient, service: Service, work: Ca
     assert seen == [1, 2]
 
 
+def test_one_of_a_batch_is_cancelled_between_tokens(
+    client: TestClient, service: Service, work: Callable[..., Working]
+) -> None:
+    ids = [client.post("/v1/videos", json=BODY | {"seed": seed}).json()["id"] for seed in (5, 6)]
+    painter = Drawing()
+    worker = work(painter)
+    seen: list[int] = []
+    works: list[Any] = []
+
+    def cancel(done: int) -> None:
+        seen.append(done)
+        if len(seen) == 2:
+            works.append(worker.worker._current)
+            service.store.cancel(ids[0])
+            works[0].drop(claims[0], "cancelled")
+
+    painter.on_token = cancel
+    claims = worker.claim(limit=2)
+    cancelled, made = worker.do(claims)
+    assert cancelled.state is JobState.CANCELLED
+    assert seen == [1, 2, *range(1, TOKENS + 1)]
+    assert made.result is not None
+    assert (made.result.facts["batch"], made.result.facts["portrait_seed"]) == (1, 6)
+    assert works[0].previews._rows == [1], "pictures of the batch are the second job's"
+
+
 def test_portraits_that_come_again_are_remembered(client: TestClient, work: Callable[..., Working]) -> None:
     painter = Drawing(first=6)
     worker = work(painter, StageCache(64 << 20))
@@ -368,56 +443,86 @@ def test_portraits_that_come_again_are_remembered(client: TestClient, work: Call
 
 def test_a_worker_without_a_model(client: TestClient, work: Callable[..., Working]) -> None:
     """Of another server on the same database."""
-    client.post("/v1/videos", json=BODY)
+    made = client.post("/v1/videos", json=BODY).json()
     worker = work(None)
-    (job,) = worker.do(worker.claim())
-    assert job.failure is not None
-    assert "this server has no portrait model; start each of them with --portrait" in job.failure.message
+    worker.do(worker.claim())
+    error = _error(client.get(f"/v1/videos/{made['id']}/portrait"), 500)
+    assert error["code"] == "portrait_unavailable"
+    assert "this server has no portrait model; start each of them with --portrait" in error["message"]
 
 
-def test_low_memory_opens_the_model_for_each_portrait(
-    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", [CheckpointError, BundleError, BackendError])
+def test_a_model_that_fails_is_not_the_callers_fault(
+    client: TestClient, work: Callable[..., Working], kind: type[InputError]
 ) -> None:
-    opened: list[Drawing] = []
-
-    def open_painter(*_: Any, **__: Any) -> Drawing:
-        opened.append(Drawing(first=2))
-        return opened[-1]
-
-    monkeypatch.setattr("proteus_deploy.portrait.opening.open_painter", open_painter)
-    choice = PipelineChoice("checkpoint", str(MODEL), portrait="x")
-    for low_memory, times in ((False, 1), (True, 3)):
-        opened.clear()
-        portraits = Portraits(replace(choice, low_memory=low_memory), pipeline)
-        for seed in (0, 1):
-            assert portraits.draw(WHO, seed).seed == 2
-        assert len(opened) == times
+    made = client.post("/v1/videos", json=BODY).json()
+    painter = Drawing()
+    worker = work(painter)
+    painter.fault = kind("vq_decoder.onnx is gone")
+    worker.do(worker.claim())
+    error = _error(client.get(f"/v1/videos/{made['id']}/portrait"), 500)
+    assert (error["code"], error["message"]) == (
+        "portrait_unavailable",
+        "the portrait can't be drawn: vq_decoder.onnx is gone",
+    )
 
 
-def test_a_model_that_cannot_be_opened(pipeline: Pipeline, tmp_path: Path) -> None:
-    choice = PipelineChoice("checkpoint", str(MODEL), portrait=str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"has no portrait\.json"):
-        Portraits(choice, pipeline)
-    with pytest.raises(InputError, match="start the server with --portrait DIR"):
-        Portraits(replace(choice, portrait=None), pipeline)
+def test_a_video_that_cannot_be_written_leaves_no_portrait(
+    client: TestClient, work: Callable[..., Working], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.post("/v1/videos", json=BODY)
+    worker = work(Drawing())
+    written: list[str] = []
+    write_portrait = worker.worker._results.write_portrait
+
+    def write(claim: Claim, png: bytes) -> None:
+        write_portrait(claim, png)
+        written.append(claim.job.id)
+
+    def save(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(worker.worker._results, "write_portrait", write)
+    monkeypatch.setattr(worker.worker, "_save", save)
+    claims = worker.claim()
+    with pytest.raises(OSError, match="disk full"):
+        worker.do(claims)
+    assert written == [claims[0].job.id]
+    assert not any(worker.results._folder.iterdir())
 
 
 def test_progress_of_a_portrait_is_told_now_and_then() -> None:
     now, told = [0.0], list[dict[str, Any]]()
-    progress = JobProgress(told.append, StageTimes(), (32, 48, 5), clock=lambda: now[0])
+    progress = PortraitProgress(told.append, clock=lambda: now[0])
     for done in range(1, 101):
         now[0] += 0.05
-        progress.on_portrait("portrait", done, 100)
+        progress("portrait", done, 100)
     assert 20 <= len(told) <= 30
     assert told[0]["done"] == 1
     assert told[-1] == {"stage": "portrait", "done": 100, "total": 100, "percent": 0, "eta_s": None}
-    now[0] += 1
-    progress.count("portrait")
-    now[0] += 2
-    progress.on_progress(ProgressEvent("identity", 1, 1))
-    assert progress.seconds == {"portrait": 6.0, "identity": 2.0}
-    percents = [news["percent"] for news in told]
-    assert percents == sorted(percents)
+
+
+def test_what_portraits_take_is_waited_for(client: TestClient, service: Service) -> None:
+    service.settings = replace(service.settings, max_wait_s=7.0)
+    cost = 0.0
+    for seconds in (2.0, 4.0, 60.0):
+        job = client.post("/v1/videos", json=BODY).json()["id"]
+        claim = service.store.claim("w", lease_s=60)
+        assert claim is not None
+        cost = claim.job.cost
+        facts = {"seconds": 3.0 + seconds, "stage_seconds": {"portrait": seconds, "denoise": 2.0}}
+        service.store.complete(claim, JobResult(f"{job}-1.mp4", 1, "0", facts))
+    pace = service.store.pace()
+    assert pace == Pace(job_s=1.0, cost_s=2.0 / cost, portrait_s=4.0)
+    assert client.post("/v1/videos", json=BODY).status_code == 200
+    assert service.wait_s() == pytest.approx(3 + 4)
+    assert client.post("/v1/videos", json=BODY).status_code == 200, "7 s of work are there, as may be"
+    assert service.wait_s() == pytest.approx(2 * (3 + 4))
+    full = client.post("/v1/videos", json=BODY)
+    assert _error(full, 429)["code"] == "queue_full"
+    assert full.headers["retry-after"] == "7"
+    assert service.store.claim("w", lease_s=60) is not None
+    assert service.wait_s() == pytest.approx(2 * (3 + 4)), "running ones, too"
 
 
 def test_portraits_share_the_fate_of_their_videos(
