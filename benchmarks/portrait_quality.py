@@ -161,8 +161,9 @@ def _measure(
 
 
 def _tokens(painter: TorchPainter, cell: Cell, wishes: Sequence[Wish], work: Path) -> Tensor:
-    """Of all wishes, from the file of an earlier run where there is one."""
+    """Of all wishes, from the file of an earlier run of the same code where there is one."""
     facts = [
+        describe_commit(Path(__file__).resolve().parents[1]),
         asdict(cell.cache),
         asdict(painter.sampling),
         [asdict(wish) for wish in wishes],
