@@ -1,6 +1,7 @@
 """What portraits of the tiny model show with each cache policy and budget; and what ADSA's parts do.
 
     python -m proteus_deploy.benchmarks.portrait_quality --work DIR --json FILE [--ablations] [--validation]
+        [--temperature T]
 
 Every cell draws the same captions with the same seeds: photos of the held-out people, several each (of other
 people with --validation, for choosing settings). Beside the means stand differences from the dense portraits
@@ -53,7 +54,7 @@ from proteus_deploy.training.tiny_portrait.drawn_photos import draw_photos
 
 __all__ = ["main"]
 
-_VALIDATION = tuple(range(100, 130))  # neither held out nor trained on
+_VALIDATION = tuple(range(60_000, 60_200))  # neither held out nor trained on
 _LARGE, _BUDGETS = 0.75, (0.5, 0.35, 0.25)
 _POLICIES = ("adsa", "sink-window", "random", "uniform", "attention")
 _JUDGE_PHOTOS = 24_000
@@ -112,9 +113,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--photos", type=int, default=8, help="captions of each person")
     parser.add_argument("--seeds", type=int, default=2, help="portraits of each caption")
     parser.add_argument("--cell", action="append", help="these rows only, by name")
+    parser.add_argument("--temperature", type=float, help="by default the model's own")
     given = parser.parse_args(arguments)
     check_writable(given.json)
     painter = TorchPainter.open(given.portrait)
+    if given.temperature is not None:
+        painter.sampling = replace(painter.sampling, temperature=given.temperature)
     people = _VALIDATION if given.validation else HELD_OUT_SEEDS
     wishes = [
         Wish(person, photo, 1000 * seed + number)

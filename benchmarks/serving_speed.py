@@ -1,11 +1,13 @@
 """What does the server cost beside the library, and what do batches gain?
 
-    python -m proteus_deploy.benchmarks.serving_speed --json FILE [MODEL] [--rounds 7] [--batch 4]
+    python -m proteus_deploy.benchmarks.serving_speed --json FILE [MODEL] [--rounds 7] [--batch 4] \
+        [--backend NAME] [--dtype NAME]
 
 Overhead: the same video by the library, in a process that has it loaded, and by the server, turn by turn;
 the client follows the events and has the mp4 in hand at the end. Throughput: a queue full of videos of one
 size, by a server that makes them one by one and by one that makes them in batches, turn by turn. Medians of
-the rounds. MODEL: a bundle or a checkpoint; the tiny model's checkpoint when left out.
+the rounds. MODEL: a bundle or a checkpoint; the tiny model's checkpoint when left out. Backend and dtype are
+those of `serve`, for the library and for every server.
 """
 
 from __future__ import annotations
@@ -33,13 +35,13 @@ _STEPS = 25
 _WAITING = 8  # videos in the queue when throughput is timed
 
 
-def _open(model: Path) -> Pipeline:
+def _open(model: Path, how: dict[str, Any]) -> Pipeline:
     from proteus_deploy.bundle import MANIFEST
     from proteus_deploy.pipeline import Pipeline
 
     if (model / MANIFEST).is_file():
-        return Pipeline.from_bundle(model)
-    return Pipeline.from_checkpoint(model)
+        return Pipeline.from_bundle(model, **how)
+    return Pipeline.from_checkpoint(model, **how)
 
 
 def _by_library(pipeline: Pipeline, photo: bytes, folder: Path) -> float:
@@ -85,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--backend", help="by default the one that serve takes")
+    parser.add_argument("--dtype", help="of a checkpoint's networks")
     options = parser.parse_args(arguments)
     check_writable(options.json)
 
@@ -92,12 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(text, file=sys.stderr, flush=True)
 
     photo = drawn_photo()
+    how = {name: found for name in ("backend", "dtype") if (found := getattr(options, name)) is not None}
+    opening = [word for name, found in how.items() for word in (f"--{name}", found)]
     body = order(photo, num_inference_steps=_STEPS, seed=5, identity_prompt="")
     library, served = [], []
-    with tempfile.TemporaryDirectory() as temporary, _open(options.model) as pipeline:
+    with tempfile.TemporaryDirectory() as temporary, _open(options.model, how) as pipeline:
         folder = Path(temporary)
         # Neither side keeps results of text and photo: both do the whole work every time.
-        server = ServerProcess(options.model, folder / "one", ["--cache-mib", "0"])
+        server = ServerProcess(options.model, folder / "one", [*opening, "--cache-mib", "0"])
         server.start()
         for turn in range(options.rounds + 1):
             pair = _by_library(pipeline, photo, folder), _by_server(server.url, body)
@@ -110,8 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         flags = ["--max-batch", str(options.batch), "--batch-wait-ms", "20"]
-        single = ServerProcess(options.model, folder / "single")
-        batched = ServerProcess(options.model, folder / "batched", flags)
+        single = ServerProcess(options.model, folder / "single", opening)
+        batched = ServerProcess(options.model, folder / "batched", [*opening, *flags])
         single.start()
         batched.start()
         for turn in range(max(2, options.rounds // 2) + 1):
@@ -127,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "what": "a video by the library and by the server; a full queue one by one and in batches",
         "settings": {
             "model": options.model.name,
+            **how,
             "steps": _STEPS,
             "rounds": options.rounds,
             "batch": options.batch,

@@ -31,5 +31,5 @@ GPT = GptConfig(
 )
 
 # Chosen on people that are neither trained on nor measured; see docs/portrait.md.
-SAMPLING = Sampling(guidance_scale=2.0, temperature=1.0, top_k=0)
+SAMPLING = Sampling(guidance_scale=2.0, temperature=0.8, top_k=0)
 CACHE = CacheSettings("adsa", 0.5)
