@@ -1,7 +1,7 @@
 """What does the server cost beside the library, and what do batches gain?
 
-    python -m proteus_deploy.benchmarks.serving_speed --json FILE [MODEL] [--rounds 7] [--batch 4] \
-        [--backend NAME] [--dtype NAME]
+    python -m proteus_deploy.benchmarks.serving_speed --json FILE [MODEL] [--rounds 7] [--batch 4]
+        [--batch-parts N] [--backend NAME] [--dtype NAME]
 
 Overhead: the same video by the library, in a process that has it loaded, and by the server, turn by turn;
 the client follows the events and has the mp4 in hand at the end. Throughput: a queue full of videos of one
@@ -87,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch-parts", type=int, default=1, help="see serve (default: %(default)s)")
     parser.add_argument("--backend", help="by default the one that serve takes")
     parser.add_argument("--dtype", help="of a checkpoint's networks")
     options = parser.parse_args(arguments)
@@ -116,6 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         flags = ["--max-batch", str(options.batch), "--batch-wait-ms", "20"]
+        flags += ["--batch-parts", str(options.batch_parts)]
         single = ServerProcess(options.model, folder / "single", opening)
         batched = ServerProcess(options.model, folder / "batched", [*opening, *flags])
         single.start()
@@ -137,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "steps": _STEPS,
             "rounds": options.rounds,
             "batch": options.batch,
+            "batch_parts": options.batch_parts,
             "videos in the queue": _WAITING,
         },
         "library_s": {"median": medians["library"], "all": library},

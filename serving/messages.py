@@ -36,6 +36,7 @@ class WorkerSettings:
     lease_s: after so many seconds without a sign of life a job is another worker's.
     poll_s: seconds between two looks at an empty queue, and at whether cancellation was asked for.
     max_batch: videos made together. batch_wait_s: how long a batch that isn't full waits for more.
+    batch_parts: parts of a batch made side by side, each with its share of PyTorch's threads on the CPU.
     cache_bytes, adapter_cache_bytes: of text and identity results, and of adapters, kept in memory.
     warm_up: make one step before the first job.
     provenance: state in each mp4 that it was generated. log_json: write log lines as JSON objects.
@@ -51,6 +52,7 @@ class WorkerSettings:
     max_attempts: int = 3
     max_batch: int = 1
     batch_wait_s: float = 0.0
+    batch_parts: int = 1
     cache_bytes: int = 0
     adapter_cache_bytes: int = 1 << 30
     warm_up: bool = False

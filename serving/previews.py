@@ -26,7 +26,7 @@ _SHARE, _LEAST_S = 0.1, 1.0
 
 
 class Previews:
-    """Those of the jobs at hand. `watch` from any thread; give `on_step` to the pipeline.
+    """Those of the jobs at hand. `watch` and `on_step` from any thread.
 
     draw(event, place): the picture [H, W, 3] uint8 of one video of the batch. send(row of the job, data URL).
     """
@@ -40,12 +40,7 @@ class Previews:
     ) -> None:
         self._draw, self._send, self._clock = draw, send, clock
         self._watched: set[int] = set()
-        self._rows: list[int] | None = None
-        self._next_s = 0.0
-
-    def make_only(self, rows: Sequence[int]) -> None:
-        """The pipeline's batch is made of these jobs, in this order; until this is said, of all."""
-        self._rows = list(rows)
+        self._next_s: dict[tuple[int, ...], float] = {}  # of each batch
 
     def watch(self, row: int) -> None:
         """Somebody looks at this job's video."""
@@ -55,22 +50,24 @@ class Previews:
         """Nobody does any more."""
         self._watched.discard(row)
 
-    def on_step(self, event: StepEvent) -> None:
-        """Draw what is looked at, unless it was drawn lately. Behind the last step comes the video."""
-        began_s = self._clock()
-        if not self._watched or began_s < self._next_s or event.index + 1 == event.total:
+    def on_step(self, event: StepEvent, rows: Sequence[int]) -> None:
+        """Draw what is looked at, unless it was drawn lately. Behind the last step comes the video.
+
+        rows: of the jobs in the event's batch, in its order.
+        """
+        batch, began_s = tuple(rows), self._clock()
+        watched = [(place, row) for place, row in enumerate(batch) if row in self._watched]
+        if not watched or began_s < self._next_s.get(batch, 0.0) or event.index + 1 == event.total:
             return
         try:
-            for row in sorted(self._watched):
-                if self._rows is None or row in self._rows:
-                    place = row if self._rows is None else self._rows.index(row)
-                    self._send(row, _data_url(self._draw(event, place)))
+            for place, row in watched:
+                self._send(row, _data_url(self._draw(event, place)))
         except Exception:  # noqa: BLE001 - looking on must not end the video, whatever a backend raises
             _log.exception("no more pictures of this batch")
-            self._next_s = float("inf")
+            self._next_s[batch] = float("inf")
             return
         ended_s = self._clock()
-        self._next_s = ended_s + max(_LEAST_S, (ended_s - began_s) * (1 / _SHARE - 1))
+        self._next_s[batch] = ended_s + max(_LEAST_S, (ended_s - began_s) * (1 / _SHARE - 1))
 
 
 def _data_url(pixels: NDArray[np.uint8]) -> str:

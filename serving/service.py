@@ -57,7 +57,7 @@ class ServiceSettings:
     max_wait_s: how long a new job may have to wait, by what the waiting ones cost and the pace of the last.
     results_url: where all servers reach finished videos, see `open_results`; None for a folder in `data_dir`.
     traces: where OpenTelemetry spans go, see `traces.open_exporter`.
-    max_batch, batch_wait_s, cache_bytes, adapter_cache_bytes, warm_up, provenance, log_json: see
+    max_batch, batch_wait_s, batch_parts, cache_bytes, adapter_cache_bytes, warm_up, provenance, log_json: see
     `WorkerSettings`.
     """
 
@@ -80,6 +80,7 @@ class ServiceSettings:
     max_wait_s: float | None = None
     max_batch: int = 1
     batch_wait_s: float = 0.0
+    batch_parts: int = 1
     cache_bytes: int = 0
     adapter_cache_bytes: int = 1 << 30
     warm_up: bool = False
@@ -140,6 +141,7 @@ class Service:
             max_attempts=settings.max_attempts,
             max_batch=settings.max_batch,
             batch_wait_s=settings.batch_wait_s,
+            batch_parts=settings.batch_parts,
             cache_bytes=settings.cache_bytes,
             adapter_cache_bytes=settings.adapter_cache_bytes,
             warm_up=settings.warm_up,

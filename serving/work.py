@@ -17,19 +17,20 @@ __all__ = ["Work"]
 class Work:
     """The jobs at hand. The pipeline is stopped when none of them is wanted any more.
 
-    stop: of all of them; `stop_of` is one job's own. news: the last that was told of each job, by its id.
+    stop: of all of them; `stop_of` is that of some. news: the last that was told of each job, by its id.
     states: of those that ended, which in a batch may be before the others.
     """
 
     def __init__(self, claims: Sequence[Claim]) -> None:
         self.claims = tuple(claims)
-        self.stop, self.done = threading.Event(), threading.Event()
+        self.done = threading.Event()
         self.previews: Previews | None = None
         self.measures: dict[str, Any] = {}  # of a batch that was made
         self.news: dict[str, dict[str, Any]] = {}
         self.states: dict[str, str] = {}
         self._reasons: dict[str, str] = {}
-        self._stops = {claim.job.id: threading.Event() for claim in claims}
+        self._stops: dict[frozenset[str], threading.Event] = {}
+        self.stop = self.stop_of(*claims)
 
     @property
     def left(self) -> list[Claim]:
@@ -44,17 +45,22 @@ class Work:
     def drop(self, claim: Claim, reason: str) -> None:
         """Why a job isn't wanted; the first reason counts."""
         self._reasons.setdefault(claim.job.id, reason)
-        self._stops[claim.job.id].set()
-        if len(self._reasons) == len(self.claims):
-            self.stop.set()
+        self._set_stops()
 
     def drop_all(self, reason: str) -> None:
         for claim in self.claims:
             self.drop(claim, reason)
 
-    def stop_of(self, claim: Claim) -> threading.Event:
-        """Set when this job isn't wanted any more."""
-        return self._stops[claim.job.id]
+    def stop_of(self, *claims: Claim) -> threading.Event:
+        """Set when none of these jobs is wanted any more."""
+        stop = self._stops.setdefault(frozenset(claim.job.id for claim in claims), threading.Event())
+        self._set_stops()  # it may be so already
+        return stop
+
+    def _set_stops(self) -> None:
+        for jobs, stop in list(self._stops.items()):
+            if jobs <= self._reasons.keys():
+                stop.set()
 
     def reason(self, claim: Claim) -> str | None:
         """Why the job isn't wanted; None while it is."""

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ from proteus_deploy.serving.previews import Previews
 from proteus_deploy.serving.progress import JobProgress, PortraitProgress, StageTimes
 from proteus_deploy.serving.results import video_name
 from proteus_deploy.serving.shared_results import open_results
+from proteus_deploy.serving.side_by_side import run_side_by_side, split
 from proteus_deploy.serving.work import Work
 from proteus_deploy.serving.work_queue import WorkQueue
 from proteus_deploy.serving.worker_pipeline import open_pipeline, request_fields, warm_up
@@ -54,6 +56,17 @@ if TYPE_CHECKING:
 __all__ = ["Worker", "main"]
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Jobs whose videos were made as one batch, the seconds that it took, those of each stage, its steps."""
+
+    claims: Sequence[Claim]
+    videos: Sequence[Video]
+    seconds: float
+    stages: dict[str, float]
+    steps: int
 
 
 class Worker:
@@ -179,39 +192,54 @@ class Worker:
         for claim in work.left:
             if work.reason(claim):
                 work.end(claim, self._stopped(claim, work))
-        claims = work.left
-        if not claims:
+        if not work.left:
             return
-        if work.previews is not None:
-            work.previews.make_only([work.claims.index(claim) for claim in claims])
+        started_s = time.monotonic()
+        parts = split(work.left, self._settings.batch_parts)
+        outcomes = run_side_by_side([partial(self._make_part, work, part, drawn) for part in parts])
+        made = [outcome for outcome in outcomes if isinstance(outcome, _Part)]
+        videos = [video for part in made for video in part.videos]
+        portraits_s = sum(one.seconds for one in drawn.values())
+        if made:
+            stages = {
+                name: max(part.stages.get(name, 0.0) for part in made)
+                for name in dict.fromkeys(name for part in made for name in part.stages)
+            }
+            work.measures = {
+                "seconds": round(time.monotonic() - started_s, 4) + portraits_s,
+                "batch": len(videos),
+                "stage_seconds": stages | ({"portrait": portraits_s} if drawn else {}),
+                "steps": sum(part.steps for part in made),
+                "video_seconds": sum(video.frames.shape[1] / video.fps for video in videos),
+            }
+        for part in made:
+            for claim, video in zip(part.claims, part.videos, strict=True):
+                if work.reason(claim):
+                    work.end(claim, self._stopped(claim, work))
+                    continue
+                portrait = drawn.get(claim.job.id)
+                own_s = 0.0 if portrait is None else portrait.seconds
+                facts: dict[str, object] = {"seconds": round(part.seconds + own_s, 4), "batch": len(videos)}
+                facts["stage_seconds"] = part.stages | ({} if portrait is None else {"portrait": own_s})
+                work.end(claim, self._publish(claim, video, facts, portrait))
+        for outcome in outcomes:
+            if isinstance(outcome, ProteusError) and not isinstance(outcome, Cancelled):
+                raise outcome
+
+    def _make_part(self, work: Work, claims: Sequence[Claim], drawn: Mapping[str, Drawn]) -> _Part:
+        """The videos of some of the jobs at hand, as one batch of the pipeline."""
         started_s = time.monotonic()
         size = tuple(claims[0].job.request.get(name) for name in ("height", "width", "num_frames"))
-        progress = JobProgress(partial(self._tell, work), self._times, size)
-        requests = [self._request(claim, drawn.get(claim.job.id)) for claim in claims]
+        progress = JobProgress(partial(self._tell, work, claims), self._times, size)
+        rows = [work.claims.index(claim) for claim in claims]
         videos = self._pipeline.generate_batch(
-            requests,
-            on_step=partial(self._on_step, work, progress),
+            [self._request(claim, drawn.get(claim.job.id)) for claim in claims],
+            on_step=partial(self._on_step, work, progress, rows),
             on_progress=progress.on_progress,
-            cancel=work.stop,
+            cancel=work.stop_of(*claims),
         )
         seconds = round(time.monotonic() - started_s, 4)
-        stages, portraits_s = dict(progress.seconds), sum(one.seconds for one in drawn.values())
-        work.measures = {
-            "seconds": seconds + portraits_s,
-            "batch": len(videos),
-            "stage_seconds": stages | ({"portrait": portraits_s} if drawn else {}),
-            "steps": progress.steps,
-            "video_seconds": sum(video.frames.shape[1] / video.fps for video in videos),
-        }
-        for claim, video in zip(claims, videos, strict=True):
-            if work.reason(claim):
-                work.end(claim, self._stopped(claim, work))
-                continue
-            portrait = drawn.get(claim.job.id)
-            own_s = 0.0 if portrait is None else portrait.seconds
-            facts: dict[str, object] = {"seconds": round(seconds + own_s, 4), "batch": len(videos)}
-            facts["stage_seconds"] = stages | ({} if portrait is None else {"portrait": own_s})
-            work.end(claim, self._publish(claim, video, facts, portrait))
+        return _Part(claims, videos, seconds, dict(progress.seconds), progress.steps)
 
     def _draw_portraits(self, work: Work) -> dict[str, Drawn]:
         """By job, of those that came without a photo; a job whose portrait can't be drawn fails here."""
@@ -249,10 +277,10 @@ class Worker:
             found |= {"cache_hits": counts.hits, "cache_misses": counts.misses, "cache_bytes": counts.bytes}
         return found
 
-    def _on_step(self, work: Work, progress: JobProgress, event: StepEvent) -> None:
+    def _on_step(self, work: Work, progress: JobProgress, rows: Sequence[int], event: StepEvent) -> None:
         progress.on_step(event)
         if work.previews is not None:
-            work.previews.on_step(event)
+            work.previews.on_step(event, rows)
 
     def _send_preview(self, work: Work, row: int, picture: str) -> None:
         self._channel.send(job=work.claims[row].job.id, preview=picture)
@@ -288,8 +316,8 @@ class Worker:
         if self._settings.provenance:
             mark_generated(path)
 
-    def _tell(self, work: Work, news: dict[str, Any]) -> None:
-        for claim in work.claims:
+    def _tell(self, work: Work, claims: Sequence[Claim], news: dict[str, Any]) -> None:
+        for claim in claims:
             self._tell_one(work, claim, news)
 
     def _tell_one(self, work: Work, claim: Claim, news: dict[str, Any]) -> None:

@@ -99,6 +99,14 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         help="how long a batch that isn't full waits for more (default: %(default)s)",
     )
     parser.add_argument(
+        "--batch-parts",
+        type=int,
+        default=1,
+        metavar="N",
+        help="make a batch in N parts side by side, each with its share of the CPU's threads; for a "
+        "checkpoint on the CPU (default: %(default)s)",
+    )
+    parser.add_argument(
         "--cache-mib",
         type=int,
         default=256,
@@ -172,7 +180,8 @@ def _settings(arguments: argparse.Namespace) -> ServiceSettings:
     if arguments.portrait is not None and not arguments.portrait.is_dir():
         raise InputError(f"--portrait is {arguments.portrait}, which is no folder; pass a portrait model's")
     for name, least in (
-        ("workers", 1), ("max_queued", 1), ("max_attempts", 1), ("max_batch", 1), ("cache_mib", 0),
+        ("workers", 1), ("max_queued", 1), ("max_attempts", 1), ("max_batch", 1), ("batch_parts", 1),
+        ("cache_mib", 0),
         ("adapter_cache_mib", 0), ("max_adapter_mib", 1),
     ):  # fmt: skip
         if getattr(arguments, name) < least:
@@ -216,6 +225,7 @@ def _settings(arguments: argparse.Namespace) -> ServiceSettings:
         max_wait_s=arguments.max_wait_seconds,
         max_batch=arguments.max_batch,
         batch_wait_s=arguments.batch_wait_ms / 1000,
+        batch_parts=arguments.batch_parts,
         cache_bytes=arguments.cache_mib << 20,
         adapter_cache_bytes=arguments.adapter_cache_mib << 20,
         max_adapter_bytes=arguments.max_adapter_mib << 20,
@@ -225,6 +235,23 @@ def _settings(arguments: argparse.Namespace) -> ServiceSettings:
         log_json=arguments.log_json,
         keys=Keys() if arguments.api_keys is None else Keys.read(arguments.api_keys),
     )
+
+
+def _check_parts(kind: str, arguments: argparse.Namespace) -> None:
+    """Raises InputError where parts of a batch can't be made side by side, or would gain nothing."""
+    said = f"--batch-parts is {arguments.batch_parts}"
+    if arguments.batch_parts > arguments.max_batch:
+        raise InputError(f"{said} and --max-batch {arguments.max_batch}; raise --max-batch, or leave it out")
+    if kind == "bundle" or arguments.backend not in (None, "eager") or arguments.device not in (None, "cpu"):
+        raise InputError(
+            f"{said}, which shares out PyTorch's threads on the CPU; serve a checkpoint with --backend eager "
+            "and --device cpu, or leave it out"
+        )
+    if arguments.low_memory:
+        raise InputError(
+            f"{said}, and with --low-memory one part would release the networks that another one runs; leave "
+            "one of them out"
+        )
 
 
 def _check_backend(kind: str, arguments: argparse.Namespace) -> None:
@@ -260,6 +287,8 @@ def _check_backend(kind: str, arguments: argparse.Namespace) -> None:
             f"--batch-wait-ms is {arguments.batch_wait_ms:g}; at most {_LONGEST_BATCH_WAIT_MS}, as a job "
             "that waits in a worker's hands for longer is taken for lost"
         )
+    if arguments.batch_parts > 1:
+        _check_parts(kind, arguments)
     if arguments.low_memory and arguments.workers > 1:
         raise InputError(
             f"--low-memory is for a model that hardly fits, and --workers {arguments.workers} would load it "

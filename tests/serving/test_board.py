@@ -68,11 +68,11 @@ def test_a_picture_that_cannot_be_drawn_ends_no_video(caplog: pytest.LogCaptureF
         raise RuntimeError("out of memory")
 
     previews = Previews(draw, lambda *_: pytest.fail("nothing was drawn"), clock=lambda: 0.0)
-    previews.on_step(_Event())  # type: ignore[arg-type]
+    previews.on_step(_Event(), [0, 1])  # type: ignore[arg-type]
     assert drawn == [], "nobody looks"
     previews.watch(1)
     for _ in range(3):
-        previews.on_step(_Event())  # type: ignore[arg-type]
+        previews.on_step(_Event(), [0, 1])  # type: ignore[arg-type]
     assert drawn == [1], "it isn't tried again"
 
 
@@ -88,13 +88,13 @@ def test_pictures_take_a_tenth_of_the_time() -> None:
     previews = Previews(draw, lambda row, picture: sent.append((row, picture)), clock=lambda: now[0])
     previews.watch(0)
     for _ in range(200):
-        previews.on_step(_Event())  # type: ignore[arg-type]
+        previews.on_step(_Event(), [0, 1])  # type: ignore[arg-type]
         now[0] += 0.1
     assert 3 <= len(sent) <= 5, "20 s of steps"
     assert sent[0][1].startswith("data:image/jpeg;base64,")
     previews.unwatch(0)
     now[0] += 100
-    previews.on_step(_Event())  # type: ignore[arg-type]
+    previews.on_step(_Event(), [0, 1])  # type: ignore[arg-type]
     assert len(sent) <= 5
 
 
@@ -109,8 +109,24 @@ def test_pictures_of_a_batch_that_some_jobs_have_left() -> None:
         return np.zeros((8, 8, 3), np.uint8)
 
     previews = Previews(draw, lambda row, _: sent.append(row), clock=lambda: 0.0)
-    previews.make_only([1, 2])
     for row in (0, 2):
         previews.watch(row)
-    previews.on_step(_Event())  # type: ignore[arg-type]
+    previews.on_step(_Event(), [1, 2])  # type: ignore[arg-type]
     assert (drawn, sent) == ([1], [2])
+
+
+def test_pictures_of_batches_side_by_side() -> None:
+    """Each batch has its own time: one that is looked at often doesn't take the other's turns."""
+    import numpy as np
+
+    sent = list[int]()
+    previews = Previews(
+        lambda _event, _place: np.zeros((8, 8, 3), np.uint8),
+        lambda row, _: sent.append(row),
+        clock=lambda: 0.0,
+    )
+    for row in (0, 3):
+        previews.watch(row)
+    for rows in ([0, 1], [2, 3], [0, 1]):
+        previews.on_step(_Event(), rows)  # type: ignore[arg-type]
+    assert sent == [0, 3]

@@ -176,6 +176,13 @@ def _wait(until: Callable[[], bool]) -> None:
         (("--database-url", "mysql://host/jobs"), "sqlite or postgresql"),
         (("--batch-wait-ms", "50"), "nothing to wait for; raise --max-batch"),
         (("--max-batch", "2", "--batch-wait-ms", "6000"), "--batch-wait-ms is 6000; at most 5000"),
+        (("--batch-parts", "2"), "--batch-parts is 2 and --max-batch 1; raise --max-batch"),
+        (
+            ("--max-batch", "4", "--batch-parts", "2", "--device", "cuda"),
+            "serve a checkpoint with --backend eager",
+        ),
+        (("--max-batch", "4", "--batch-parts", "2", "--backend", "compiled"), "PyTorch's threads on the CPU"),
+        (("--max-batch", "4", "--batch-parts", "2", "--low-memory"), "would release the networks"),
         (("--cache-mib", "-1"), "--cache-mib is -1"),
         (("--max-wait-seconds", "inf"), "--max-wait-seconds is inf"),
         (("--traces", "collector:4318"), "write an OTLP address"),
