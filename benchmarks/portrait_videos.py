@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     check_writable(given.json)
     painter = TorchPainter.open(PORTRAIT)
-    folder = given.work / f"videos-{painter.checkpoint.hash[:12]}"
+    commit = describe_commit(Path(__file__).resolve().parents[1])
+    folder = given.work / f"videos-{painter.checkpoint.hash[:12]}-{commit[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     cases = quality.cases(HELD_OUT_SEEDS[: given.people], 1)
     made = []
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "what": "videos of people who were drawn from text: likeness with the portrait",
         "machine": describe_machine(),
         "versions": describe_versions(),
-        "commit": describe_commit(Path(__file__).resolve().parents[1]),
+        "commit": commit,
         "settings": {
             "portrait_weights": painter.checkpoint.hash,
             "people": [int(case.person) for case in cases],

@@ -34,6 +34,13 @@ def test_claims_are_held_against_what_was_measured() -> None:
     assert verdict({"loop": {"rows": rows}}, LOOP) == ("FAILS", "0.80x, 1.6x claimed")
 
 
+def test_claims_of_a_kernel() -> None:
+    row = {"kernel": "decode attention", "speedup": {"published": 1.4}, "share_of_floor": 0.65}
+    results = {"kernels": {"rows": [row, {**row, "kernel": "decode attention, one image", "speedup": {}}]}}
+    assert verdict(results, "decode attention over the eager form") == ("holds", "1.40x, 1x claimed")
+    assert verdict(results, "decode attention, share of its floor") == ("FAILS", "0.65, 0.7 claimed")
+
+
 def test_a_claim_without_a_figure_says_why() -> None:
     assert verdict({}, LOOP) == ("not known", "not measured: the part 'loop' was not reached")
     ended = {"loop": {"status": "ended", "reason": "it was not done in time"}}
