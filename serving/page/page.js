@@ -6,6 +6,7 @@ const ENDED = new Set(["completed", "failed", "cancelled"]);
 const cards = new Map(); // id of a video -> its card
 const photos = new Map(); // id of a video -> the photo it was asked for with, while this page is open
 const files = new Map(); // id of a video -> object URL of its mp4
+const portraits = new Map(); // id of a video -> object URL of the portrait that was drawn for it
 let chosen = null; // the photo
 let lastShown = null; // cursor of the history
 const compared = []; // ids, at most two
@@ -106,7 +107,11 @@ $("order").addEventListener("submit", (event) => {
   trying($("make"), async () => {
     const form = order();
     const character = $("character").value;
-    if (!chosen && !character) throw new Error("Choose a photo, or someone you registered.");
+    if (!chosen && !character) {
+      const words = form.get("identity_prompt");
+      if (!words) throw new Error("Choose a photo, or someone you registered, or say what the person looks like.");
+      form.set("portrait_prompt", words);
+    }
     if (character) form.set("character", character);
     await submit(form, character ? null : chosen);
   });
@@ -193,7 +198,7 @@ function show(video, first = false) {
   trouble.textContent = video.error?.message ?? "Cancelled.";
   find("[data-do=cancel]").hidden = ended || video.cancel_requested;
   if (video.status === "completed") loadFile(video.id);
-  const again = photos.has(video.id) || video.character;
+  const again = photos.has(video.id) || video.character || video.portrait_prompt;
   find("[data-do=exact]").hidden = !(video.status === "completed" && video.plan && again);
 }
 
@@ -212,6 +217,11 @@ async function loadFile(id) {
     save.download = `${id}.mp4`;
     save.hidden = false;
     card.querySelector("[data-do=compare]").hidden = false;
+    if (card.video.portrait_prompt) {
+      portraits.set(id, URL.createObjectURL(await (await ask(`v1/videos/${id}/portrait`)).blob()));
+      card.querySelector(".portrait").src = portraits.get(id);
+      card.querySelector(".portrait").hidden = false;
+    }
   } catch {
     files.delete(id);
   }
@@ -235,6 +245,7 @@ async function act(event, id) {
         const kept = ["prompt", "identity_prompt", "size", "num_frames", "fps", "num_inference_steps", "seed"];
         for (const name of [...kept, "guidance_scale"]) form.set(name, video[name]);
         if (video.character) form.set("character", video.character);
+        if (video.portrait_prompt) form.set("portrait_prompt", video.portrait_prompt);
         await submit(form, video.character ? null : photos.get(id));
         break;
       }
@@ -250,8 +261,10 @@ function remove(id) {
   cards.delete(id);
   photos.delete(id);
   if (lastShown === id) lastShown = [...cards.keys()].at(-1) ?? null; // the cursor has to be there
-  if (files.get(id)) URL.revokeObjectURL(files.get(id));
-  files.delete(id);
+  for (const urls of [files, portraits]) {
+    if (urls.get(id)) URL.revokeObjectURL(urls.get(id));
+    urls.delete(id);
+  }
   if (compared.includes(id)) compare(id);
   $("none").hidden = cards.size > 0;
 }

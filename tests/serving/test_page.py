@@ -36,7 +36,9 @@ PLAN = '{"step_cache": {"kind": "schedule", "total": 12, "steps": [0, 2, 4, 6, 8
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, serve_process: type[Server]) -> Iterator[Server]:
-    started = serve_process(tmp_path_factory.mktemp("server"))
+    from proteus_deploy.tiny.trained import PORTRAIT
+
+    started = serve_process(tmp_path_factory.mktemp("server"), "--portrait", str(PORTRAIT))
     yield started
     started.kill()
 
@@ -166,6 +168,38 @@ def test_people_plans_comparing_and_cancelling(browser: Any, server: Server, pho
     page.get_by_role("alert").get_by_text("num_inference_steps is 0").wait_for()
     page.get_by_role("button", name="Forget").click()
     playwright.expect(page.locator("#character option")).to_have_count(1)
+
+
+def test_without_a_photo(browser: Any, server: Server) -> None:
+    visitor = Visitor(browser, server.url, viewport={"width": 1200, "height": 800})
+    page = visitor.page
+    page.get_by_label("What happens").fill("a person smiles")
+    page.get_by_text("Size, steps, seed, plan").click()
+    page.get_by_label("Steps").fill("12")
+    page.get_by_label("Seed").fill("9")
+    page.get_by_label("Plan (JSON)").fill(PLAN)
+    make = page.get_by_role("button", name="Make the video")
+    make.click()
+    page.get_by_role("alert").get_by_text("or say what the person looks like").wait_for()
+    page.get_by_label("What the person looks like").fill("a woman with long red hair in a teal studio")
+    make.click()
+    playwright.expect(visitor.card()).to_contain_text("seed 9")
+    visitor.card().get_by_text("Drawing the portrait").wait_for()
+    visitor.finished()
+    portrait = visitor.card().get_by_alt_text("The portrait that was drawn")
+    playwright.expect(portrait).to_have_js_property("naturalWidth", 128)
+    visitor.card().get_by_role("button", name="Make the exact one too").click()
+    playwright.expect(visitor.card(1).get_by_text("under a plan")).to_be_visible()
+    visitor.finished()
+    again = visitor.card().get_by_alt_text("The portrait that was drawn")
+    playwright.expect(again).to_have_js_property("naturalWidth", 128)
+    pixels = """image => {
+      const canvas = Object.assign(document.createElement("canvas"), { width: 128, height: 128 });
+      canvas.getContext("2d").drawImage(image, 0, 0);
+      return canvas.toDataURL();
+    }"""
+    assert again.evaluate(pixels) == portrait.evaluate(pixels), "the same person again"
+    assert visitor.wrong == []
 
 
 def test_on_a_phone(browser: Any, server: Server) -> None:
