@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import secrets
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,14 @@ def describe_commit(repository: Path) -> str:
         return f"{commit}-dirty" if _git(repository, "status", "--porcelain") else commit
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def describe_code(repository: Path) -> str:
+    """By what results of this code can be told from others': the commit, and a word of its own for every call
+    in a tree with changes or outside a clone."""
+    commit = describe_commit(repository)
+    clean = not commit.endswith("-dirty") and commit != "unknown"
+    return commit if clean else f"{commit}-{secrets.token_hex(4)}"
 
 
 def _git(repository: Path, *arguments: str) -> str:

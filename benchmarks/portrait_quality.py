@@ -33,7 +33,12 @@ import torch
 from torch import Generator, Tensor
 
 from proteus_deploy._files import atomic_file, check_writable, write_json
-from proteus_deploy.benchmarks.machine import describe_commit, describe_machine, describe_versions
+from proteus_deploy.benchmarks.machine import (
+    describe_code,
+    describe_commit,
+    describe_machine,
+    describe_versions,
+)
 from proteus_deploy.benchmarks.portrait_measures import (
     Measures,
     Wish,
@@ -167,7 +172,7 @@ def _measure(
 def _tokens(painter: TorchPainter, cell: Cell, wishes: Sequence[Wish], work: Path) -> Tensor:
     """Of all wishes, from the file of an earlier run of the same code where there is one."""
     facts = [
-        describe_commit(Path(__file__).resolve().parents[1]),
+        describe_code(Path(__file__).resolve().parents[1]),
         asdict(cell.cache),
         asdict(painter.sampling),
         [asdict(wish) for wish in wishes],

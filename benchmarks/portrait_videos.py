@@ -23,7 +23,12 @@ from PIL import Image
 
 from proteus_deploy._files import atomic_file, check_writable, write_json
 from proteus_deploy.benchmarks import tiny_model_quality as quality
-from proteus_deploy.benchmarks.machine import describe_commit, describe_machine, describe_versions
+from proteus_deploy.benchmarks.machine import (
+    describe_code,
+    describe_commit,
+    describe_machine,
+    describe_versions,
+)
 from proteus_deploy.evaluate.encoders import Encoders, load_encoders
 from proteus_deploy.evaluate.face_similarity import face_embeddings, face_similarity, photo_embeddings
 from proteus_deploy.evaluate.film_strip import StripRow, film_strip, frame_indices
@@ -53,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     check_writable(given.json)
     painter = TorchPainter.open(PORTRAIT)
-    commit = describe_commit(Path(__file__).resolve().parents[1])
-    folder = given.work / f"videos-{painter.checkpoint.hash[:12]}-{commit[:12]}"
+    repository = Path(__file__).resolve().parents[1]
+    folder = given.work / f"videos-{painter.checkpoint.hash[:12]}-{describe_code(repository)}"
     folder.mkdir(parents=True, exist_ok=True)
     cases = quality.cases(HELD_OUT_SEEDS[: given.people], 1)
     made = []
@@ -67,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "what": "videos of people who were drawn from text: likeness with the portrait",
         "machine": describe_machine(),
         "versions": describe_versions(),
-        "commit": commit,
+        "commit": describe_commit(repository),
         "settings": {
             "portrait_weights": painter.checkpoint.hash,
             "people": [int(case.person) for case in cases],

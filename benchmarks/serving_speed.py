@@ -36,12 +36,13 @@ _WAITING = 8  # videos in the queue when throughput is timed
 
 
 def _open(model: Path, how: dict[str, Any]) -> Pipeline:
+    """As a worker opens it."""
     from proteus_deploy.bundle import MANIFEST
-    from proteus_deploy.pipeline import Pipeline
+    from proteus_deploy.serving.messages import PipelineChoice
+    from proteus_deploy.serving.worker_pipeline import open_pipeline
 
-    if (model / MANIFEST).is_file():
-        return Pipeline.from_bundle(model, **how)
-    return Pipeline.from_checkpoint(model, **how)
+    kind = "bundle" if (model / MANIFEST).is_file() else "checkpoint"
+    return open_pipeline(PipelineChoice(kind, str(model), **how))
 
 
 def _by_library(pipeline: Pipeline, photo: bytes, folder: Path) -> float:

@@ -12,6 +12,7 @@ the caption's and that of none.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ _CAPTION = "a portrait of a woman with brown hair who smiles"
 _SAMPLING = Sampling(guidance_scale=2.0, top_k=0, seed=7)
 _LEAST_STEPS = 64
 _LEAST_CHOICES = 32  # of each layer and sequence, once the cache is full
+_PADDING = 3  # positions at least that the recorded caption leaves empty
 _KEPT = 32  # first and last steps whose logits are recorded; all of an image would take gigabytes
 
 _GRAPH = TOLERANCES["bundle", "graph", "fp32"]
@@ -68,7 +70,8 @@ def record_reference(
     from safetensors.torch import save_file
 
     config = gpt.config
-    features, valid = captions([_CAPTION])
+    caption = _long_caption(captions, config.cls_token_num)
+    features, valid = captions([caption])
     decoding = Decoding(gpt, settings, features, valid, guided=True, trim=False)
     choices = plan.slots - config.cls_token_num + 1 + int((~valid).sum())  # the step of the first one
     steps = min(config.block_size, max(_LEAST_STEPS, choices + _LEAST_CHOICES))
@@ -91,7 +94,7 @@ def record_reference(
     with torch.no_grad():
         pixels = vq.decode(_whole(drawn, config.block_size))
     found = {
-        "ids": captions.ids(_CAPTION),
+        "ids": captions.ids(caption),
         "features": features,
         "valid": valid.long(),
         "embeddings": embeddings,
@@ -173,7 +176,21 @@ def _verify_steps(
     if choices:
         detail = f"{same} of {choices} the same"
         rows.append(_row("portrait choices", max(margins, key=error_order), tolerances, detail))
+    elif decoding.chooses:
+        tolerance = tolerances["portrait choices"]
+        detail = "an image gives up less than the padding of the recorded caption"
+        rows.append(
+            Row("onnxruntime", "portrait choices", None, tolerance.bound, "not run", tolerance.kind, detail)
+        )
     return rows
+
+
+def _long_caption(captions: CaptionEncoder, positions: int) -> str:
+    """Words that fill the condition but for a few positions: both padding and other things are given up."""
+    text, words = "", cycle(_CAPTION.split())
+    while captions.ids(longer := f"{text} {next(words)}").shape[1] <= positions - _PADDING:
+        text = longer
+    return text
 
 
 def _row(check: str, error: float, tolerances: Mapping[str, Tolerance], detail: str) -> Row:

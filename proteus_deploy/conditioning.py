@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,11 +91,16 @@ class Conditioner:
         self._tokenizer = Tokenizer(tokenizer)
         self._face_encoder = face_encoder
         self._identity_encoder: IdentityEncoder | None = None
+        self._loading = Lock()  # threads that need it at the same time make it once
         self._cached = cached
 
     @property
     def identity_encoder(self) -> IdentityEncoder:
         """Made on first use. Raises InputError when the checkpoint or bundle has no face networks."""
+        with self._loading:
+            return self._made_identity_encoder()
+
+    def _made_identity_encoder(self) -> IdentityEncoder:
         if self._identity_encoder is None:
             if self._face_encoder is None or "image_tower" not in self._stages:
                 raise InputError(

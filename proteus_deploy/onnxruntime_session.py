@@ -7,9 +7,21 @@ from typing import Any
 
 from proteus_deploy.errors import BackendError
 
-__all__ = ["PROVIDERS", "find_provider", "missing_kernels", "open_session", "quantised_formats"]
+__all__ = [
+    "PROVIDERS",
+    "device_name",
+    "find_provider",
+    "missing_kernels",
+    "open_session",
+    "quantised_formats",
+]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def device_name(device: str) -> str:
+    """What ONNX Runtime is asked for: it is given the first device of a kind, "cuda:0" as "cuda"."""
+    return str(device).removesuffix(":0")
 
 
 def find_provider(device: str) -> str:
@@ -21,7 +33,7 @@ def find_provider(device: str) -> str:
         import onnxruntime
     except ImportError as error:
         raise BackendError('onnxruntime is not installed; pip install "proteus-deploy[onnx]"') from error
-    name = str(device).removesuffix(":0")
+    name = device_name(device)
     if name not in PROVIDERS:
         raise BackendError(f"ONNX Runtime device is {device!r}; choose from {', '.join(PROVIDERS)}")
     available = onnxruntime.get_available_providers()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from proteus_deploy.errors import InputError, PhotoError
 from proteus_deploy.identity.alignment import align_face
+from proteus_deploy.onnxruntime_session import device_name
 from proteus_deploy.portrait.painter import Painter, check_captions
 from proteus_deploy.provenance import xmp_packet
 from proteus_deploy.reporting import Report, no_report
@@ -132,7 +133,7 @@ def _can_use(portrait: str | Path, device: str) -> bool:
         import torch
 
         return torch.cuda.is_available()
-    if device not in ("cuda", "cuda:0"):  # see onnxruntime_session.find_provider
+    if device_name(device) != "cuda":
         return False
     try:
         import onnxruntime

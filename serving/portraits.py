@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -110,8 +110,10 @@ class Portraits:
         device = painter_device(folder, choice.device, pipeline.backend.device)
         self._open = partial(open_painter, folder, device=device, hashes=False)  # for files checked below
         self._encoder, self._cache = pipeline.identity_encoder, cache
-        painter = open_painter(folder, device=device)
-        _try_out(painter, folder)
+        with _faults_named(folder):
+            painter = open_painter(folder, device=device)
+            _try_out(painter)
+        self._folder = folder
         self._own = painter.sampling, painter.cache
         self._painter = None if choice.low_memory else painter
 
@@ -131,7 +133,9 @@ class Portraits:
         from proteus_deploy.reference_portrait import draw_reference
 
         kept = self._painter
-        painter = _Remembering(self._open if kept is None else lambda: kept, *self._own, self._cache)
+        painter = _Remembering(
+            self._open if kept is None else lambda: kept, *self._own, self._cache, folder=self._folder
+        )
         try:
             return draw_reference(
                 painter, self._encoder, prompt, seed, face_index=face_index, report=report, cancel=cancel
@@ -140,28 +144,31 @@ class Portraits:
             raise PortraitUnavailable(f"the portrait can't be drawn: {error}") from error
 
 
-def _try_out(painter: Painter, folder: Path) -> None:
-    """Compute the first token of a portrait, and a picture where that needs a graph that isn't loaded yet.
-
-    Raises the painter's own error, and BackendError with the reason of any other.
-    """
-    from proteus_deploy.portrait.onnx_painter import OnnxPainter
-
-    stop, totals = Event(), list[int]()
-    stop.set()
+@contextmanager
+def _faults_named(folder: Path) -> Iterator[None]:
+    """Raises BackendError in the place of any error that isn't the library's own."""
     try:
-        with suppress(Cancelled):  # which comes behind the first token
-            painter.draw([_CAPTION], seeds=[0], report=lambda _, __, total: totals.append(total), cancel=stop)
-        if isinstance(painter, OnnxPainter):
-            import torch
-
-            painter.pictures(torch.zeros(1, totals[0], dtype=torch.int64))
+        yield
     except ProteusError:
         raise
     except Exception as error:  # libraries of networks have errors without a common base
         raise BackendError(
             f"the portrait model in {folder} can't draw here ({type(error).__name__}: {error})"
         ) from error
+
+
+def _try_out(painter: Painter) -> None:
+    """Compute the first token of a portrait, and a picture where that needs a graph that isn't loaded yet."""
+    from proteus_deploy.portrait.onnx_painter import OnnxPainter
+
+    stop, totals = Event(), list[int]()
+    stop.set()
+    with suppress(Cancelled):  # which comes behind the first token
+        painter.draw([_CAPTION], seeds=[0], report=lambda _, __, total: totals.append(total), cancel=stop)
+    if isinstance(painter, OnnxPainter):
+        import torch
+
+        painter.pictures(torch.zeros(1, totals[0], dtype=torch.int64))
 
 
 class _Remembering:
@@ -177,8 +184,10 @@ class _Remembering:
         sampling: Sampling,
         cache: CacheSettings,
         pictures: StageCache | None,
+        *,
+        folder: Path,
     ) -> None:
-        self.sampling, self.cache = sampling, cache
+        self.sampling, self.cache, self._folder = sampling, cache, folder
         self._open, self._pictures = open_model, pictures
         self._painter: Painter | None = None
 
@@ -205,10 +214,11 @@ class _Remembering:
             def compute(caption: str = caption, seed: int = seed) -> dict[str, Tensor]:
                 import torch
 
-                self._painter = self._painter or self._open()
-                (picture,) = self._painter.draw(
-                    [caption], sampling=sampling, cache=cache, seeds=[seed], report=report, cancel=cancel
-                )
+                with _faults_named(self._folder):
+                    self._painter = self._painter or self._open()
+                    (picture,) = self._painter.draw(
+                        [caption], sampling=sampling, cache=cache, seeds=[seed], report=report, cancel=cancel
+                    )
                 return {"picture": torch.tensor(picture)}  # a copy: the array may be read-only
 
             if self._pictures is None:

@@ -12,8 +12,6 @@ from functools import partial
 from itertools import pairwise
 from typing import TypeVar
 
-from proteus_deploy.errors import ProteusError
-
 __all__ = ["run_side_by_side", "split"]
 
 _Item = TypeVar("_Item")
@@ -27,11 +25,11 @@ def split(items: Sequence[_Item], parts: int) -> list[Sequence[_Item]]:
     return [items[start:end] for start, end in pairwise(ends)]
 
 
-def run_side_by_side(calls: Sequence[Callable[[], _Found]]) -> list[_Found | ProteusError]:
-    """What each call returned, or the ProteusError that ended it, once all have ended.
+def run_side_by_side(calls: Sequence[Callable[[], _Found]]) -> list[_Found | Exception]:
+    """What each call returned, or the exception that ended it, once all have ended.
 
     PyTorch's threads are shared out evenly among the calls, at least one for each; a single call runs here
-    with all of them. Any other exception is raised, the first call's first.
+    with all of them.
     """
     import torch
 
@@ -48,8 +46,8 @@ def run_side_by_side(calls: Sequence[Callable[[], _Found]]) -> list[_Found | Pro
         torch.set_num_threads(threads)
 
 
-def _outcome(call: Callable[[], _Found]) -> _Found | ProteusError:
+def _outcome(call: Callable[[], _Found]) -> _Found | Exception:
     try:
         return call()
-    except ProteusError as error:
+    except Exception as error:  # noqa: BLE001 - for the caller to raise, when what others made is safe
         return error

@@ -15,9 +15,9 @@ __all__ = ["Work"]
 
 
 class Work:
-    """The jobs at hand. The pipeline is stopped when none of them is wanted any more.
+    """The jobs at hand. What makes some of them is stopped when none of those is wanted any more: `stop_of`.
 
-    stop: of all of them; `stop_of` is that of some. news: the last that was told of each job, by its id.
+    news: the last that was told of each job, by its id.
     states: of those that ended, which in a batch may be before the others.
     """
 
@@ -30,7 +30,6 @@ class Work:
         self.states: dict[str, str] = {}
         self._reasons: dict[str, str] = {}
         self._stops: dict[frozenset[str], threading.Event] = {}
-        self.stop = self.stop_of(*claims)
 
     @property
     def left(self) -> list[Claim]:

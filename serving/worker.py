@@ -159,13 +159,14 @@ class Worker:
         heart.start()
         try:
             if claims[0].job.kind == "character":
-                work.end(claims[0], self._encode(claims[0]))
+                try:
+                    work.end(claims[0], self._encode(claims[0]))
+                except LostClaim:
+                    work.end(claims[0], "lost")
             else:
                 self._make(work)
         except Cancelled:
             pass  # each has its reason
-        except LostClaim:
-            work.end(claims[0], "lost")
         except ProteusError as error:
             left = work.left
             if len(left) == 1:
@@ -196,7 +197,11 @@ class Worker:
             return
         started_s = time.monotonic()
         parts = split(work.left, self._settings.batch_parts)
-        outcomes = run_side_by_side([partial(self._make_part, work, part, drawn) for part in parts])
+        # Here, as neither the queue nor the memory of adapters is for several threads.
+        asked = [[self._request(claim, drawn.get(claim.job.id)) for claim in part] for part in parts]
+        outcomes = run_side_by_side(
+            [partial(self._make_part, work, *both) for both in zip(parts, asked, strict=True)]
+        )
         made = [outcome for outcome in outcomes if isinstance(outcome, _Part)]
         videos = [video for part in made for video in part.videos]
         portraits_s = sum(one.seconds for one in drawn.values())
@@ -209,7 +214,7 @@ class Worker:
                 "seconds": round(time.monotonic() - started_s, 4) + portraits_s,
                 "batch": len(videos),
                 "stage_seconds": stages | ({"portrait": portraits_s} if drawn else {}),
-                "steps": sum(part.steps for part in made),
+                "steps": max(part.steps for part in made),
                 "video_seconds": sum(video.frames.shape[1] / video.fps for video in videos),
             }
         for part in made:
@@ -222,18 +227,18 @@ class Worker:
                 facts: dict[str, object] = {"seconds": round(part.seconds + own_s, 4), "batch": len(videos)}
                 facts["stage_seconds"] = part.stages | ({} if portrait is None else {"portrait": own_s})
                 work.end(claim, self._publish(claim, video, facts, portrait))
-        for outcome in outcomes:
-            if isinstance(outcome, ProteusError) and not isinstance(outcome, Cancelled):
-                raise outcome
+        errors = [one for one in outcomes if isinstance(one, Exception) and not isinstance(one, Cancelled)]
+        for error in sorted(errors, key=lambda one: isinstance(one, ProteusError)):
+            raise error  # the worst: others than the library's own end the worker
 
-    def _make_part(self, work: Work, claims: Sequence[Claim], drawn: Mapping[str, Drawn]) -> _Part:
+    def _make_part(self, work: Work, claims: Sequence[Claim], requests: Sequence[GenerateRequest]) -> _Part:
         """The videos of some of the jobs at hand, as one batch of the pipeline."""
         started_s = time.monotonic()
         size = tuple(claims[0].job.request.get(name) for name in ("height", "width", "num_frames"))
         progress = JobProgress(partial(self._tell, work, claims), self._times, size)
         rows = [work.claims.index(claim) for claim in claims]
         videos = self._pipeline.generate_batch(
-            [self._request(claim, drawn.get(claim.job.id)) for claim in claims],
+            requests,
             on_step=partial(self._on_step, work, progress, rows),
             on_progress=progress.on_progress,
             cancel=work.stop_of(*claims),

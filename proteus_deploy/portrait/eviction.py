@@ -163,7 +163,7 @@ class _Random(Rule):
     def worth(self, cache: SlotCache) -> Tensor:
         rows = cache.positions[:: cache.sequences, :, : cache.filled]
         # Drawn on the host, so that every device gives up the same ones; and for all sequences of a layer
-        # together, so that an image doesn't depend on those beside it.
+        # together, so that an image doesn't depend on who is beside it.
         noise = torch.rand(rows.shape, generator=self._generator)
         return noise.repeat_interleave(cache.sequences, dim=0).to(rows.device)
 

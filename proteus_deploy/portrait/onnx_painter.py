@@ -11,7 +11,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from proteus_deploy.errors import InputError
-from proteus_deploy.onnxruntime_session import find_provider, open_session
+from proteus_deploy.onnxruntime_session import device_name, find_provider, open_session
 from proteus_deploy.portrait.captions import CaptionEncoder
 from proteus_deploy.portrait.onnx_bundle import PortraitBundle
 from proteus_deploy.portrait.painter import TokenPainter, check_captions, to_pictures
@@ -40,7 +40,7 @@ class OnnxPainter(TokenPainter):
     def __init__(self, bundle: PortraitBundle, *, device: str = "cpu", threads: int | None = None) -> None:
         self.bundle = bundle
         self.sampling, self.cache = bundle.sampling, bundle.cache
-        self.device = str(device).removesuffix(":0")
+        self.device = device_name(device)
         self._graphs = _Graphs(bundle, find_provider(device), threads)
         self.captions: CaptionEncoder = _GraphCaptions(self._graphs)
 

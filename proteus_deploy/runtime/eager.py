@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import torch
@@ -101,8 +102,13 @@ class EagerBackend:
                 )
             self.name += f"-{quantize.name}"
         self._runners: dict[str, EagerGraph] = {}
+        self._loading = Lock()  # threads that need a network at the same time read it once
 
     def runner(self, graph: str) -> EagerGraph:
+        with self._loading:
+            return self._loaded(graph)
+
+    def _loaded(self, graph: str) -> EagerGraph:
         if graph not in self._runners:
             contract = self.table.graph(graph)
             # First needed within a request, weights would be inference tensors, which nothing can change.

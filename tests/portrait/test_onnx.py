@@ -28,6 +28,7 @@ from proteus_deploy.portrait.painter import TorchPainter
 from proteus_deploy.portrait.plan import DENSE, CacheSettings
 from proteus_deploy.portrait.sampling import Sampling, draw_token, guide
 from proteus_deploy.portrait.step_module import ConditionPair, DecodeStep, gives_up, state_names
+from proteus_deploy.reporting import no_report
 from proteus_deploy.stages import StageTable
 from proteus_deploy.testing import Tolerance, assert_close
 from proteus_deploy.tiny.portrait_checkpoint import RANDOM_GPT, write_random_portrait
@@ -37,7 +38,13 @@ pytest.importorskip("onnxruntime")
 
 from proteus_deploy.export import portrait_onnx
 from proteus_deploy.export.portrait_onnx import export_portrait
-from proteus_deploy.export.portrait_verify import TOLERANCES_OF, record_reference, verify_portrait
+from proteus_deploy.export.portrait_verify import (
+    TOLERANCES_OF,
+    _long_caption,
+    _verify_steps,
+    record_reference,
+    verify_portrait,
+)
 from proteus_deploy.export.verify import verify_bundle
 from proteus_deploy.portrait.onnx_painter import OnnxPainter
 
@@ -352,7 +359,40 @@ def test_verify_compares_every_graph(bundle: PortraitBundle) -> None:
     graphs = {f"portrait {graph.name}" for graph in bundle.table.graphs}
     assert set(rows) == graphs | {"portrait choices"}
     assert all(row.status == "ok" for row in rows.values())
-    assert rows["portrait choices"].detail == "40 of 40 the same"  # 27 steps, of which 17 give up padding
+    assert rows["portrait choices"].detail == "96 of 96 the same"  # 27 steps, of which 3 give up padding
+
+
+def test_the_recorded_caption_leaves_little_padding(painter: TorchPainter) -> None:
+    for positions in (32, 20, 12):
+        length = painter.captions.ids(_long_caption(painter.captions, positions)).shape[1]
+        assert positions - 8 <= length <= positions - 3
+
+
+def test_choices_that_an_image_never_comes_to_are_said_not_to_be_compared() -> None:
+    """A reference of two steps, in which nothing but padding was given up."""
+
+    class Computed:
+        chooses = True
+
+        def prefill(self) -> Tensor:
+            return torch.ones(2, 5)
+
+        def step(self, *_: Any) -> Tensor:
+            return self.prefill()
+
+        def value(self, name: str) -> Any:
+            return {"given_up": torch.full((1, 2), -1), "margin": torch.zeros(1, 2)}[name].numpy()
+
+    reference = {
+        "kept": torch.tensor([0, 1]),
+        "logits": torch.ones(2, 2, 5),
+        "given_up": torch.full((2, 1, 2), -1),
+        "tokens": torch.zeros(1, dtype=torch.int64),
+    }
+    decoding: Any = Computed()
+    decoder, choices = _verify_steps(decoding, reference, 2, TOLERANCES_OF, no_report)
+    assert (decoder.check, decoder.status) == ("portrait decoder", "ok")
+    assert (choices.check, choices.status, choices.error) == ("portrait choices", "not run", None)
 
 
 def test_verify_finds_another_rule(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 import torch
 
 from proteus_deploy import BackendError, InputError, Pipeline
 from proteus_deploy.checkpoint import Checkpoint
+from proteus_deploy.model.networks import Network
 from proteus_deploy.runtime.eager import EagerBackend, default_dtype
 from proteus_deploy.stages import sample_inputs
 from proteus_deploy.testing import TOLERANCES, assert_close
@@ -30,6 +34,25 @@ def test_graphs_are_kept_until_they_are_released(checkpoint: Checkpoint) -> None
     assert again is not first
     backend.close()
     assert backend.runner("identity_schedule") is not again
+
+
+def test_threads_that_need_a_network_at_once_read_it_once(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    materialise = Network.materialise
+
+    def slow(network: Network, *where: Any) -> Any:
+        read.append(type(network).__name__)
+        Event().wait(0.2)
+        return materialise(network, *where)
+
+    monkeypatch.setattr(Network, "materialise", slow)
+    backend = EagerBackend(checkpoint)
+    with ThreadPoolExecutor(4) as threads:
+        first, *others = threads.map(backend.runner, ["vae_encoder"] * 4)
+    assert all(other is first for other in others)
+    assert len(read) == 1
 
 
 def test_networks_are_for_inference_only(checkpoint: Checkpoint) -> None:

@@ -58,9 +58,9 @@ class Making:
 
 
 class Working:
-    """A worker in this process, which makes batches in two parts."""
+    """A worker in this process, which makes batches in parts."""
 
-    def __init__(self, folder: Path, pipeline: Any) -> None:
+    def __init__(self, folder: Path, pipeline: Any, batch_parts: int) -> None:
         self.engine = open_database(database_url(None, folder))
         self.store = JobStore(self.engine)
         self.results = ResultFolder(folder / "results")
@@ -68,9 +68,11 @@ class Working:
         self.channel = Channel(ours)
         url = database_url(None, folder).render_as_string(hide_password=False)
         choice = PipelineChoice("checkpoint", str(MODEL))
-        settings = WorkerSettings("w", choice, url, str(folder), max_batch=8, batch_parts=2)
+        settings = WorkerSettings("w", choice, url, str(folder), max_batch=8, batch_parts=batch_parts)
         self.worker = Worker(settings, pipeline, self.channel)
-        threading.Thread(target=lambda: list(Channel(self.theirs)), daemon=True).start()
+        self.told: list[dict[str, Any]] = []
+        self.ear = threading.Thread(target=lambda: self.told.extend(Channel(self.theirs)), daemon=True)
+        self.ear.start()
 
     def claims(self, photo: bytes, seeds: Sequence[int]) -> list[Claim]:
         for seed in seeds:
@@ -85,15 +87,16 @@ class Working:
         self.worker._engine.dispose()
         self.engine.dispose()
         self.channel.close()
+        self.ear.join()
         self.theirs.close()
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Iterator[Callable[[Any], Working]]:
+def work(tmp_path: Path) -> Iterator[Callable[..., Working]]:
     made: list[Working] = []
 
-    def start(pipeline: Any) -> Working:
-        made.append(Working(tmp_path, pipeline))
+    def start(pipeline: Any, batch_parts: int = 2) -> Working:
+        made.append(Working(tmp_path, pipeline, batch_parts))
         return made[-1]
 
     yield start
@@ -103,13 +106,15 @@ def work(tmp_path: Path) -> Iterator[Callable[[Any], Working]]:
 
 @pytest.mark.slow
 def test_the_videos_are_those_of_one_by_one(
-    work: Callable[[Any], Working], drawn_photo: bytes, monkeypatch: pytest.MonkeyPatch
+    work: Callable[..., Working], drawn_photo: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: dict[int, Video] = {}
+    sizes: list[int] = []
     with Pipeline.from_checkpoint(MODEL) as pipeline:
         generate = pipeline.generate_batch
 
         def noted(requests: Sequence[GenerateRequest], **options: Any) -> list[Video]:
+            sizes.append(len(requests))
             videos = generate(requests, **options)
             made.update({request.seed or 0: video for request, video in zip(requests, videos, strict=True)})
             return videos
@@ -117,13 +122,14 @@ def test_the_videos_are_those_of_one_by_one(
         monkeypatch.setattr(pipeline, "generate_batch", noted)
         worker = work(pipeline)
         jobs = worker.do(worker.claims(drawn_photo, (3, 4, 5)))
+        assert sorted(sizes) == [1, 2]
         assert [job.result is not None and job.result.facts["batch"] for job in jobs] == [3, 3, 3]
         for seed, video in tuple(made.items()):
             alone = pipeline.generate(GenerateRequest(**REQUEST, seed=seed, photo=drawn_photo))
             assert_close(f"video {seed}", video.frames, alone.frames, FRAMES)
 
 
-def test_parts_are_neighbours_and_all_end(work: Callable[[Any], Working], drawn_photo: bytes) -> None:
+def test_parts_are_neighbours_and_all_end(work: Callable[..., Working], drawn_photo: bytes) -> None:
     together = threading.Barrier(2, timeout=30)
 
     def meet(_: list[int], index: int) -> None:
@@ -136,9 +142,12 @@ def test_parts_are_neighbours_and_all_end(work: Callable[[Any], Working], drawn_
     assert sorted(making.batches) == [[3, 4], [5, 6]]
     facts = [job.result.facts for job in jobs if job.result is not None]
     assert [(one["seed"], one["batch"]) for one in facts] == [(3, 4), (4, 4), (5, 4), (6, 4)]
+    worker.close()
+    (measured,) = [message["measures"] for message in worker.told if "measures" in message]
+    assert (measured["batch"], measured["steps"]) == (4, 5), "a step counts once, however many parts take it"
 
 
-def test_a_part_that_fails_takes_nothing_along(work: Callable[[Any], Working], drawn_photo: bytes) -> None:
+def test_a_part_that_fails_takes_nothing_along(work: Callable[..., Working], drawn_photo: bytes) -> None:
     def fail(seeds: list[int], index: int) -> None:
         if 5 in seeds and index == 2:
             raise ComputationError("the latents hold NaN")
@@ -157,7 +166,23 @@ def test_a_part_that_fails_takes_nothing_along(work: Callable[[Any], Working], d
     assert making.batches[2:] == [[5], [6]]
 
 
-def test_a_part_that_nobody_wants_ends_early(work: Callable[[Any], Working], drawn_photo: bytes) -> None:
+def test_a_part_that_breaks_the_worker_takes_no_finished_videos_along(
+    work: Callable[..., Working], drawn_photo: bytes
+) -> None:
+    def fail(seeds: list[int], index: int) -> None:
+        if index == 2:
+            raise ComputationError("NaN") if 7 in seeds else RuntimeError("out of memory")
+
+    making = Making(lambda seeds, index: fail(seeds, index) if 3 not in seeds else None)
+    worker = work(making, batch_parts=3)
+    claims = worker.claims(drawn_photo, (3, 4, 7, 8, 5, 6))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        worker.do(claims)
+    jobs = [worker.store.get(claim.job.id) for claim in claims]
+    assert [job.state.finished for job in jobs] == [True] * 2 + [False] * 4
+
+
+def test_a_part_that_nobody_wants_ends_early(work: Callable[..., Working], drawn_photo: bytes) -> None:
     steps: dict[int, list[int]] = {3: [], 5: []}
     stopped = threading.Event()
 

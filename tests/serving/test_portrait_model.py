@@ -18,7 +18,7 @@ from proteus_deploy.pipeline import Pipeline
 from proteus_deploy.portrait.plan import CacheSettings
 from proteus_deploy.portrait.sampling import Sampling
 from proteus_deploy.serving.messages import PipelineChoice
-from proteus_deploy.serving.portraits import Portraits, _Remembering
+from proteus_deploy.serving.portraits import Portraits, PortraitUnavailable, _Remembering
 from proteus_deploy.tiny.portrait_checkpoint import write_random_portrait
 from proteus_deploy.tiny.trained import MODEL
 from proteus_deploy.training.avatars import HELD_OUT_SEEDS, make_photo
@@ -74,7 +74,9 @@ def test_low_memory_opens_the_model_for_each_portrait(
 
 def test_seeds_that_do_not_match() -> None:
     drawing = Drawing()
-    painter: Any = _Remembering(lambda: drawing, drawing.sampling, drawing.cache, None)  # type: ignore[arg-type, return-value]
+    opening: Any = lambda: drawing  # noqa: E731 - typed
+    own: Any = drawing
+    painter: Any = _Remembering(opening, own.sampling, own.cache, None, folder=Path("x"))
     with pytest.raises(InputError, match="2 seeds for 1 images"):
         painter.draw([WHO], seeds=[1, 2])
     assert len(painter.draw([WHO, WHO])) == 2
@@ -145,3 +147,14 @@ def test_an_error_of_a_library_is_an_error_of_the_start(
     monkeypatch.setattr("proteus_deploy.portrait.opening.open_painter", lambda *_, **__: painter)
     with pytest.raises(BackendError, match=r"model in x can't draw here \(RuntimeError: no kernel"):
         Portraits(PipelineChoice("checkpoint", str(MODEL), portrait="x"), pipeline)
+
+
+def test_an_error_of_a_library_at_a_job_is_the_servers(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    painter = Drawing()
+    monkeypatch.setattr("proteus_deploy.portrait.opening.open_painter", lambda *_, **__: painter)
+    portraits = Portraits(PipelineChoice("checkpoint", str(MODEL), portrait="x"), pipeline)
+    painter.fault = RuntimeError("out of memory")
+    with pytest.raises(PortraitUnavailable, match=r"can't be drawn: .* \(RuntimeError: out of memory\)"):
+        portraits.draw(WHO, 0)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import httpx2
 import pytest
 
+from proteus_deploy.bundle import MANIFEST
 from proteus_deploy.cli.main import main
 from proteus_deploy.tiny.trained import MODEL
 
@@ -194,6 +195,13 @@ def test_what_cannot_go_together_is_refused_by_name(
     data = ["--data-dir", str(tmp_path / "data"), "--port", "0"]
     assert main(["serve", str(MODEL), *data, *flags]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_parts_of_batches_are_for_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / MANIFEST).write_text("{}")
+    words = ["serve", str(tmp_path), "--data-dir", str(tmp_path / "data")]
+    assert main([*words, "--max-batch", "4", "--batch-parts", "2"]) == 2
+    assert "serve a checkpoint with --backend eager and --device cpu" in capsys.readouterr().err
 
 
 @pytest.mark.slow
