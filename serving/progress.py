@@ -13,6 +13,8 @@ __all__ = ["JobProgress", "PortraitProgress", "StageTimes"]
 
 # Parts of 100 percent. Preparation and decoding have no common unit with steps; these only order them.
 _PREPARED, _DENOISED = 3, 95
+# Between two reports of one stage: each is stored, sent and read, which small models' steps would drown in.
+_LEAST_S = 0.1
 # Between two reports on a portrait, whose tokens come by the hundred.
 _PORTRAIT_S = 0.2
 
@@ -52,6 +54,7 @@ class PortraitProgress:
 class JobProgress:
     """Turns the pipeline's events into reports; give `on_step` and `on_progress` to `Pipeline.generate`.
 
+    The beginning and end of a stage are always reported, what lies between at most ten times a second.
     shape: (height, width, frames), by which `times` tells videos apart.
     """
 
@@ -66,6 +69,7 @@ class JobProgress:
         self._report, self._times, self._shape, self._clock = report, times, shape, clock
         self._step_s: list[float] = []
         self._began_s = self._denoised_s = clock()
+        self._told: tuple[str, float] = ("", float("-inf"))  # which stage, and when
         self.seconds: dict[str, float] = {}
         self.steps = 0
 
@@ -91,6 +95,10 @@ class JobProgress:
                 self._times.record(self._shape, now - self._denoised_s)
         else:
             percent = 1.0
+        stage, told_s = self._told
+        if stage == event.phase and event.done < event.total and now - told_s < _LEAST_S:
+            return
+        self._told = event.phase, now
         self._report(
             {
                 "stage": event.phase,

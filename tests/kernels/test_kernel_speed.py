@@ -55,7 +55,7 @@ def test_the_command_writes_its_claims(
     document = json.loads((tmp_path / "claims.json").read_text())
     assert document["rehearsal"] is True
     verdicts = {claim["claim"]: claim["verdict"] for claim in document["claims"]}
-    assert len(verdicts) == 8
+    assert len(verdicts) == 10
     assert verdicts["joint attention, int8, over PyTorch's own"] != "not known"
     assert verdicts["the exact loop over the published form"] == "not known"
     assert len(json.loads((tmp_path / "kernels.json").read_text())["rows"]) == 9

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from proteus_deploy.portrait.checkpoint import PortraitCheckpoint
 from proteus_deploy.portrait.painter import TorchPainter
 from proteus_deploy.portrait.plan import DENSE, CacheSettings
@@ -27,7 +29,8 @@ def test_clothes_and_walls_are_those_of_the_caption() -> None:
     painter = TorchPainter.open(PORTRAIT)
     for settings in (DENSE, CacheSettings("adsa", 0.5)):
         pictures = painter.draw(4 * CAPTIONS, cache=settings)
-        clothes = [clothes_colour(picture[None]) for picture in pictures]
+        # At a shoulder: in the middle, where drawn photos have nothing but clothes, a neck may come this low.
+        clothes = [clothes_colour(np.roll(picture, 32, axis=1)[None]) for picture in pictures]
         walls = [background_colour(picture[None]) for picture in pictures]
-        assert sum(map(str.__eq__, clothes, 4 * ["green", "orange"])) >= 5
-        assert sum(map(str.__eq__, walls, 4 * ["purple", "blue"])) >= 5
+        assert sum(map(str.__eq__, clothes, 4 * ["green", "orange"])) >= 7
+        assert sum(map(str.__eq__, walls, 4 * ["purple", "blue"])) >= 7

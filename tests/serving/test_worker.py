@@ -284,6 +284,23 @@ def test_progress_is_told_with_time_left() -> None:
     assert percents == sorted(percents)
 
 
+def test_quick_steps_are_told_ten_times_a_second() -> None:
+    """The first and the last of each stage always."""
+    from proteus_deploy.pipeline import ProgressEvent
+
+    now, told = [0.0], list[dict[str, Any]]()
+    progress = JobProgress(told.append, StageTimes(), (32, 48, 5), clock=lambda: now[0])
+    for phase, total in (("text", 1), ("denoise", 100), ("decode", 2)):
+        for done in range(1, total + 1):
+            progress.on_progress(ProgressEvent(phase, done, total))  # type: ignore[arg-type]
+            now[0] += 0.01
+    found = [(news["stage"], news["done"]) for news in told]
+    assert [found[0], found[1], found[-3], found[-2], found[-1]] == [
+        ("text", 1), ("denoise", 1), ("denoise", 100), ("decode", 1), ("decode", 2),
+    ]  # fmt: skip
+    assert 10 <= len(found) <= 16
+
+
 def test_a_database_that_does_not_answer_for_a_while_ends_no_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
