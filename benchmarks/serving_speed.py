@@ -1,7 +1,7 @@
 """What does the server cost beside the library, and what do batches gain?
 
     python -m proteus_deploy.benchmarks.serving_speed --json FILE [MODEL] [--rounds 7] [--batch 4]
-        [--batch-parts N] [--backend NAME] [--dtype NAME]
+        [--batch-parts N] [--waiting 16] [--backend NAME] [--dtype NAME]
 
 Overhead: the same video by the library, in a process that has it loaded, and by the server, turn by turn;
 the client follows the events and has the mp4 in hand at the end. Throughput: a queue full of videos of one
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _STEPS = 25
-_WAITING = 8  # videos in the queue when throughput is timed
+# How long a batch waits for more: the first jobs of a queue are claimed while the others still come in.
+_BATCH_WAIT_MS = 100
 
 
 def _open(model: Path, how: dict[str, Any]) -> Pipeline:
@@ -65,12 +66,12 @@ def _by_server(url: str, body: dict[str, Any]) -> float:
     return time.monotonic() - began_s
 
 
-def _full_queue(url: str, photo: bytes) -> float:
+def _full_queue(url: str, photo: bytes, waiting: int) -> float:
     """Seconds for videos that all wait when the first begins."""
     began_s = time.monotonic()
     ids = [
         ask(f"{url}/v1/videos", "POST", order(photo, num_inference_steps=_STEPS, seed=seed)).json["id"]
-        for seed in range(_WAITING)
+        for seed in range(waiting)
     ]
     for job_id in ids:
         last = finished(url, job_id)
@@ -88,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--waiting", type=int, default=16, help="videos in the queue (default: %(default)s)")
     parser.add_argument("--batch-parts", type=int, default=1, help="see serve (default: %(default)s)")
     parser.add_argument("--backend", help="by default the one that serve takes")
     parser.add_argument("--dtype", help="of a checkpoint's networks")
@@ -117,18 +119,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     alone, together = [], []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        flags = ["--max-batch", str(options.batch), "--batch-wait-ms", "20"]
+        flags = ["--max-batch", str(options.batch), "--batch-wait-ms", str(_BATCH_WAIT_MS)]
         flags += ["--batch-parts", str(options.batch_parts)]
         single = ServerProcess(options.model, folder / "single", opening)
         batched = ServerProcess(options.model, folder / "batched", [*opening, *flags])
         single.start()
         batched.start()
         for turn in range(max(2, options.rounds // 2) + 1):
-            pair = _full_queue(single.url, photo), _full_queue(batched.url, photo)
+            alone_s, together_s = (_full_queue(one.url, photo, options.waiting) for one in (single, batched))
             if turn:
-                alone.append(pair[0])
-                together.append(pair[1])
-            report(f"round {turn}: {_WAITING} videos one by one {pair[0]:.2f} s, in batches {pair[1]:.2f} s")
+                alone.append(alone_s)
+                together.append(together_s)
+            report(
+                f"round {turn}: {options.waiting} videos one by one {alone_s:.2f} s, in batches "
+                f"{together_s:.2f} s"
+            )
         single.stop()
         batched.stop()
     medians = {name: statistics.median(found) for name, found in (("library", library), ("server", served))}
@@ -141,7 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "rounds": options.rounds,
             "batch": options.batch,
             "batch_parts": options.batch_parts,
-            "videos in the queue": _WAITING,
+            "videos in the queue": options.waiting,
+            "batch_wait_ms": _BATCH_WAIT_MS,
         },
         "library_s": {"median": medians["library"], "all": library},
         "server_s": {"median": medians["server"], "all": served},
