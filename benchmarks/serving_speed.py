@@ -1,7 +1,7 @@
 """What does the server cost beside the library, and what do batches gain?
 
     python -m proteus_deploy.benchmarks.serving_speed --json FILE [MODEL] [--rounds 7] [--batch 4]
-        [--batch-parts N] [--waiting 16] [--backend NAME] [--dtype NAME]
+        [--batch-parts N] [--waiting 16] [--steps 25] [--backend NAME] [--dtype NAME]
 
 Overhead: the same video by the library, in a process that has it loaded, and by the server, turn by turn;
 the client follows the events and has the mp4 in hand at the end. Throughput: a queue full of videos of one
@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_STEPS = 25
 # How long a batch waits for more: the first jobs of a queue are claimed while the others still come in.
 _BATCH_WAIT_MS = 100
 
@@ -46,11 +45,11 @@ def _open(model: Path, how: dict[str, Any]) -> Pipeline:
     return open_pipeline(PipelineChoice(kind, str(model), **how))
 
 
-def _by_library(pipeline: Pipeline, photo: bytes, folder: Path) -> float:
+def _by_library(pipeline: Pipeline, photo: bytes, steps: int, folder: Path) -> float:
     from proteus_deploy.request import GenerateRequest
 
     began_s = time.monotonic()
-    request = GenerateRequest("a person waves", photo=photo, num_inference_steps=_STEPS, seed=5)
+    request = GenerateRequest("a person waves", photo=photo, num_inference_steps=steps, seed=5)
     pipeline.generate(request).save(folder / "library.mp4")
     (folder / "library.mp4").read_bytes()
     return time.monotonic() - began_s
@@ -66,11 +65,11 @@ def _by_server(url: str, body: dict[str, Any]) -> float:
     return time.monotonic() - began_s
 
 
-def _full_queue(url: str, photo: bytes, waiting: int) -> float:
+def _full_queue(url: str, photo: bytes, steps: int, waiting: int) -> float:
     """Seconds for videos that all wait when the first begins."""
     began_s = time.monotonic()
     ids = [
-        ask(f"{url}/v1/videos", "POST", order(photo, num_inference_steps=_STEPS, seed=seed)).json["id"]
+        ask(f"{url}/v1/videos", "POST", order(photo, num_inference_steps=steps, seed=seed)).json["id"]
         for seed in range(waiting)
     ]
     for job_id in ids:
@@ -78,6 +77,35 @@ def _full_queue(url: str, photo: bytes, waiting: int) -> float:
         if last["status"] != "completed":
             raise InputError(f"the server's video is {last['status']}: {last['error']}")
     return time.monotonic() - began_s
+
+
+def _throughput(
+    options: argparse.Namespace, opening: Sequence[str], photo: bytes, report: Callable[[str], None]
+) -> tuple[list[float], list[float]]:
+    """Seconds for full queues, one by one and in batches, of each round but the first."""
+    alone, together = list[float](), list[float]()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        flags = ["--max-batch", str(options.batch), "--batch-wait-ms", str(_BATCH_WAIT_MS)]
+        flags += ["--batch-parts", str(options.batch_parts)]
+        single = ServerProcess(options.model, folder / "single", opening)
+        batched = ServerProcess(options.model, folder / "batched", [*opening, *flags])
+        single.start()
+        batched.start()
+        for turn in range(max(2, options.rounds // 2) + 1):
+            alone_s, together_s = (
+                _full_queue(one.url, photo, options.steps, options.waiting) for one in (single, batched)
+            )
+            if turn:
+                alone.append(alone_s)
+                together.append(together_s)
+            report(
+                f"round {turn}: {options.waiting} videos one by one {alone_s:.2f} s, in batches "
+                f"{together_s:.2f} s"
+            )
+        single.stop()
+        batched.stop()
+    return alone, together
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model", nargs="?", type=Path, default=MODEL)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=25, help="of each video (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--waiting", type=int, default=16, help="videos in the queue (default: %(default)s)")
     parser.add_argument("--batch-parts", type=int, default=1, help="see serve (default: %(default)s)")
@@ -102,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     photo = drawn_photo()
     how = {name: found for name in ("backend", "dtype") if (found := getattr(options, name)) is not None}
     opening = [word for name, found in how.items() for word in (f"--{name}", found)]
-    body = order(photo, num_inference_steps=_STEPS, seed=5, identity_prompt="")
+    body = order(photo, num_inference_steps=options.steps, seed=5, identity_prompt="")
     library, served = [], []
     with tempfile.TemporaryDirectory() as temporary, _open(options.model, how) as pipeline:
         folder = Path(temporary)
@@ -110,39 +139,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         server = ServerProcess(options.model, folder / "one", [*opening, "--cache-mib", "0"])
         server.start()
         for turn in range(options.rounds + 1):
-            pair = _by_library(pipeline, photo, folder), _by_server(server.url, body)
+            pair = _by_library(pipeline, photo, options.steps, folder), _by_server(server.url, body)
             if turn:  # the first warms both up
                 library.append(pair[0])
                 served.append(pair[1])
             report(f"round {turn}: library {pair[0]:.3f} s, server {pair[1]:.3f} s")
         server.stop()
-    alone, together = [], []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        flags = ["--max-batch", str(options.batch), "--batch-wait-ms", str(_BATCH_WAIT_MS)]
-        flags += ["--batch-parts", str(options.batch_parts)]
-        single = ServerProcess(options.model, folder / "single", opening)
-        batched = ServerProcess(options.model, folder / "batched", [*opening, *flags])
-        single.start()
-        batched.start()
-        for turn in range(max(2, options.rounds // 2) + 1):
-            alone_s, together_s = (_full_queue(one.url, photo, options.waiting) for one in (single, batched))
-            if turn:
-                alone.append(alone_s)
-                together.append(together_s)
-            report(
-                f"round {turn}: {options.waiting} videos one by one {alone_s:.2f} s, in batches "
-                f"{together_s:.2f} s"
-            )
-        single.stop()
-        batched.stop()
+    alone, together = _throughput(options, opening, photo, report)
     medians = {name: statistics.median(found) for name, found in (("library", library), ("server", served))}
     document = {
         "what": "a video by the library and by the server; a full queue one by one and in batches",
         "settings": {
             "model": options.model.name,
             **how,
-            "steps": _STEPS,
+            "steps": options.steps,
             "rounds": options.rounds,
             "batch": options.batch,
             "batch_parts": options.batch_parts,
