@@ -173,9 +173,10 @@ def _verify_steps(
     worst = max(errors, key=lambda step: error_order(errors[step]))
     detail = f"worst of {len(errors)} steps: step {worst + 1}"
     rows = [_row("portrait decoder", errors[worst], tolerances, detail)]
-    if choices:
+    margin = max(margins, key=error_order)
+    if choices or margin != 0:  # NaN, too: where the graph chose, and PyTorch gave up padding
         detail = f"{same} of {choices} the same"
-        rows.append(_row("portrait choices", max(margins, key=error_order), tolerances, detail))
+        rows.append(_row("portrait choices", margin, tolerances, detail))
     elif decoding.chooses:
         tolerance = tolerances["portrait choices"]
         detail = "an image gives up less than the padding of the recorded caption"

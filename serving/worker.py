@@ -228,8 +228,8 @@ class Worker:
                 facts["stage_seconds"] = part.stages | ({} if portrait is None else {"portrait": own_s})
                 work.end(claim, self._publish(claim, video, facts, portrait))
         errors = [one for one in outcomes if isinstance(one, Exception) and not isinstance(one, Cancelled)]
-        for error in sorted(errors, key=lambda one: isinstance(one, ProteusError)):
-            raise error  # the worst: others than the library's own end the worker
+        if errors:  # the worst first: others than the library's own end the worker
+            raise min(errors, key=lambda one: isinstance(one, ProteusError))
 
     def _make_part(self, work: Work, claims: Sequence[Claim], requests: Sequence[GenerateRequest]) -> _Part:
         """The videos of some of the jobs at hand, as one batch of the pipeline."""

@@ -373,6 +373,7 @@ def test_choices_that_an_image_never_comes_to_are_said_not_to_be_compared() -> N
 
     class Computed:
         chooses = True
+        given_up = -1
 
         def prefill(self) -> Tensor:
             return torch.ones(2, 5)
@@ -381,7 +382,7 @@ def test_choices_that_an_image_never_comes_to_are_said_not_to_be_compared() -> N
             return self.prefill()
 
         def value(self, name: str) -> Any:
-            return {"given_up": torch.full((1, 2), -1), "margin": torch.zeros(1, 2)}[name].numpy()
+            return {"given_up": torch.full((1, 2), self.given_up), "margin": torch.zeros(1, 2)}[name].numpy()
 
     reference = {
         "kept": torch.tensor([0, 1]),
@@ -393,6 +394,9 @@ def test_choices_that_an_image_never_comes_to_are_said_not_to_be_compared() -> N
     decoder, choices = _verify_steps(decoding, reference, 2, TOLERANCES_OF, no_report)
     assert (decoder.check, decoder.status) == ("portrait decoder", "ok")
     assert (choices.check, choices.status, choices.error) == ("portrait choices", "not run", None)
+    decoding.given_up = 40  # a position of the image, in the place of padding
+    _, choices = _verify_steps(decoding, reference, 2, TOLERANCES_OF, no_report)
+    assert (choices.check, choices.status) == ("portrait choices", "failed")
 
 
 def test_verify_finds_another_rule(

@@ -54,7 +54,7 @@ class Making:
         return [Video(torch.zeros(1, 2, 3, 16, 16), 8, {"seed": seed}) for seed in seeds]
 
     def preview(self, event: StepEvent, row: int) -> Any:
-        raise NotImplementedError
+        pytest.fail("nobody looks on")
 
 
 class Working:
