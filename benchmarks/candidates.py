@@ -165,6 +165,7 @@ class Opener:
             dtype=resolve_dtype(candidate.precision),
             device=self._device,
             compiled=candidate.backend.startswith("compiled"),
+            frozen=candidate.backend == "compiled-cpu" and not candidate.recipe,
             kernels="triton" if candidate.backend.endswith("-triton") else "reference",
             attention="cpu-bf16" if candidate.backend == "compiled-cpu" else "torch",
             folded=candidate.form != "published",

@@ -93,7 +93,8 @@ class _SharedBackend:
             with torch.inference_mode(False):
                 shared = SequenceParallelDenoiser(self._config, module, self._group)
             compiled = self.name.startswith("compiled")
-            self._shared[whole] = _SharedGraph(whole.graph, shared, compiled=compiled)
+            frozen = self._backend.frozen
+            self._shared[whole] = _SharedGraph(whole.graph, shared, compiled=compiled, frozen=frozen)
         if self._backend.sealed:
             self._shared[whole].seal()
         return self._shared[whole]

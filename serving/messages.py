@@ -24,6 +24,8 @@ class PipelineChoice:
     backend: str | None = None
     device: str | None = None
     dtype: str | None = None
+    attention: str = "torch"
+    frozen: bool = False
     vae_tiling: bool = False
     low_memory: bool = False
     portrait: str | None = None

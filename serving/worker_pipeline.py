@@ -31,6 +31,8 @@ def open_pipeline(choice: PipelineChoice, cache: StageCache | None = None) -> Pi
         device=choice.device or "cpu",
         dtype=choice.dtype,
         compiled=choice.backend == "compiled",
+        frozen=choice.frozen,
+        attention=choice.attention,
         vae_tiling=choice.vae_tiling,
         low_memory=choice.low_memory,
         cache=cache,

@@ -4,10 +4,9 @@
 // stay in float32 and in the cache. Both products are oneDNN's micro-kernels, which PyTorch exports.
 
 #include <ATen/native/CPUBlas.h>
+#include <immintrin.h>
 
 #include <algorithm>
-#include <bit>
-#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <memory>
@@ -19,6 +18,7 @@ namespace {
 
 constexpr int64_t kQueries = 64;  // rows of scores at a time: with kKeys, 128 KiB of float32
 constexpr int64_t kKeys = 512;
+constexpr int64_t kLanes = 16;  // float32 numbers in a register
 
 struct View {  // of a tensor [B, H, S, D] whose last axis is dense; strides in elements
     BFloat16* data;
@@ -32,36 +32,35 @@ std::unique_ptr<T[], decltype(&std::free)> aligned(int64_t count) {
     return {static_cast<T*>(std::aligned_alloc(64, bytes)), &std::free};
 }
 
-// 2^x for x <= 0. NaN stays NaN. The polynomial is 2^f on [-1/2, 1/2], relative error below 3e-7.
-inline float exp2_of(float x) {
-    x = x < -126.f ? -126.f : x;
-    const float whole = std::nearbyint(x);
-    const float f = x - whole;
-    float p = 1.5403530e-4f;
-    p = p * f + 1.3333558e-3f;
-    p = p * f + 9.6181291e-3f;
-    p = p * f + 5.5504109e-2f;
-    p = p * f + 2.4022651e-1f;
-    p = p * f + 6.9314718e-1f;
-    p = p * f + 1.f;
-    const int32_t exponent = static_cast<int32_t>(whole) + 127;
-    return p * std::bit_cast<float>(exponent << 23);
+// 2^x for x <= 0. NaN stays NaN. The polynomial is 2^f on [-1/2, 1/2], relative error below 3e-6: weights are
+// rounded to bfloat16 afterwards, which moves them by up to 2e-3.
+inline __m512 exp2_of(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-126.f), x);  // of a number and a NaN the instruction gives the second
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_sub_ps(x, whole);
+    __m512 p = _mm512_set1_ps(9.5828531e-3f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5906425e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4024099e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9312419e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f));
+    return _mm512_scalef_ps(p, whole);
 }
 
-// Nearest bfloat16, ties to even. A NaN made of low bits only would round to infinity; the sum of its row,
-// which is kept in float32, is NaN all the same, and so is what is divided by it.
-inline uint16_t rounded(float x) {
-    const uint32_t bits = std::bit_cast<uint32_t>(x);
-    return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+// Calls body(n, mask of the lanes that count) for n = 0, 16, ... The last mask alone may be partial.
+template <typename Body>
+inline void each_lanes(int64_t count, const Body& body) {
+    int64_t n = 0;
+    for (; n + kLanes <= count; n += kLanes) body(n, 0xffff);
+    if (n < count) body(n, (1 << (count - n)) - 1);
 }
 
 // Pairs of neighbouring rows interleaved, as the micro-kernels want their second factor.
 void pack_keys(const View& keys, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width, uint32_t* to) {
     // The factor is K^T: pairs run along the head, and are neighbours in a key already.
-    for (int64_t n = 0; n < count; ++n) {
-        const auto* row = reinterpret_cast<const uint32_t*>(keys.at(b, h, first + n));
-        for (int64_t pair = 0; pair < width / 2; ++pair) to[pair * count + n] = row[pair];
-    }
+    for (int64_t from = 0; from < count; from += kLanes)  // so many keys share a line of what is written
+        for (int64_t pair = 0; pair < width / 2; ++pair)
+            for (int64_t n = from; n < std::min(from + kLanes, count); ++n)
+                to[pair * count + n] = reinterpret_cast<const uint32_t*>(keys.at(b, h, first + n))[pair];
 }
 
 void pack_values(const View& values, int64_t b, int64_t h, int64_t first, int64_t count, int64_t width, uint32_t* to) {
@@ -100,19 +99,21 @@ struct Worker {
     void soften(int64_t m, int64_t count, int64_t even) {
         const float* row = scores.get() + m * count;
         uint16_t* to = weights.get() + m * even;
-        float top = highest[m];
-#pragma omp simd reduction(max : top)
-        for (int64_t n = 0; n < count; ++n) top = std::max(top, row[n] * scale);
-        const float shrink = exp2_of(highest[m] - top);
-        float total = 0.f;
-#pragma omp simd reduction(+ : total)
-        for (int64_t n = 0; n < count; ++n) {
-            const float weight = exp2_of(row[n] * scale - top);
-            total += weight;
-            to[n] = rounded(weight);
-        }
+        __m512 tops = _mm512_set1_ps(highest[m]);
+        each_lanes(count, [&](int64_t n, __mmask16 here) {
+            tops = _mm512_mask_max_ps(tops, here, _mm512_maskz_loadu_ps(here, row + n), tops);
+        });
+        const float top = _mm512_reduce_max_ps(tops);
+        const __m512 factor = _mm512_set1_ps(scale), minus_top = _mm512_set1_ps(-top * scale);
+        __m512 total = _mm512_setzero_ps();
+        each_lanes(count, [&](int64_t n, __mmask16 here) {
+            const __m512 weight = exp2_of(_mm512_fmadd_ps(_mm512_maskz_loadu_ps(here, row + n), factor, minus_top));
+            total = _mm512_mask_add_ps(total, here, total, weight);
+            _mm256_mask_storeu_epi16(to + n, here, (__m256i)_mm512_cvtneps_pbh(weight));
+        });
         if (even > count) to[count] = 0;
-        sum[m] = sum[m] * shrink + total;
+        const float shrink = _mm512_cvtss_f32(exp2_of(_mm512_set1_ps((highest[m] - top) * scale)));
+        sum[m] = sum[m] * shrink + _mm512_reduce_add_ps(total);
         highest[m] = top;
         float* so_far = result.get() + m * width;
 #pragma omp simd

@@ -61,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="checkpoint only: of the denoiser, docs/generate.md (default: torch)",
     )
+    parser.add_argument(
+        "--frozen",
+        action="store_true",
+        help="with --backend compiled on a CPU: faster steps, twice the denoiser's memory",
+    )
     add_adapter_argument(parser)
     add_control_arguments(parser)
     add_controlnet_argument(parser, "checkpoint only: the control network that --control-video is for")
@@ -218,6 +223,8 @@ def _open(kind: Kind, arguments: argparse.Namespace) -> Pipeline:
                 f"--attention is {arguments.attention}; a bundle's graphs have theirs: leave the flag "
                 "out, or generate from the checkpoint"
             )
+        if arguments.frozen:
+            raise InputError("--frozen is for checkpoints on --backend compiled; leave it out for a bundle")
         if arguments.controlnet is not None:
             raise InputError(
                 f"--controlnet is {arguments.controlnet}; a bundle has the control network that it was "
@@ -240,6 +247,7 @@ def _open(kind: Kind, arguments: argparse.Namespace) -> Pipeline:
         device=arguments.device or "cpu",
         dtype=arguments.dtype,
         compiled=backend == "compiled",
+        frozen=arguments.frozen,
         attention=arguments.attention or "torch",
         quantize=quantize,
         vae_tiling=arguments.vae_tiling,

@@ -62,6 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="e.g. cpu, cuda (default: the backend's own)")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="checkpoint only")
     parser.add_argument(
+        "--attention", metavar="NAME", help="checkpoint only, as for generate (default: torch)"
+    )
+    parser.add_argument("--frozen", action="store_true", help="checkpoint only, as for generate")
+    parser.add_argument(
         "--portrait",
         type=Path,
         metavar="DIR",
@@ -208,6 +212,8 @@ def _settings(arguments: argparse.Namespace) -> ServiceSettings:
             backend=arguments.backend,
             device=arguments.device,
             dtype=arguments.dtype,
+            attention=arguments.attention or "torch",
+            frozen=arguments.frozen,
             vae_tiling=arguments.vae_tiling,
             low_memory=arguments.low_memory,
             portrait=None if arguments.portrait is None else str(arguments.portrait.absolute()),
@@ -262,6 +268,11 @@ def _check_backend(kind: str, arguments: argparse.Namespace) -> None:
                 f"--dtype is {arguments.dtype}; a bundle runs in the precision that it was exported in: "
                 "leave the flag out, or export again with it"
             )
+        if arguments.attention is not None or arguments.frozen:
+            raise InputError(
+                "--attention and --frozen are for checkpoints; a bundle's graphs have their own attention "
+                "and weights: leave them out, or serve the checkpoint"
+            )
         if backend in _CHECKPOINT_BACKENDS:
             raise BackendError(
                 f"backend {backend!r} runs a checkpoint, and {arguments.path} is a bundle; choose one of "
@@ -272,6 +283,8 @@ def _check_backend(kind: str, arguments: argparse.Namespace) -> None:
             f"backend {backend!r} runs a bundle, and {arguments.path} is a checkpoint; make a bundle with: "
             f"proteus-deploy export {arguments.path} --output-dir DIR"
         )
+    if arguments.frozen and (backend != "compiled" or arguments.device not in (None, "cpu")):
+        raise InputError("--frozen is for --backend compiled on the CPU; add that, or leave it out")
     if backend == "compiled" and arguments.low_memory:
         raise InputError(
             "--low-memory releases networks between the parts of each video, and --backend compiled would "

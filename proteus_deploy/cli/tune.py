@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="e.g. cpu, cuda (default: the backend's own)")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="checkpoint only, as for generate")
     parser.add_argument("--attention", metavar="NAME", help="checkpoint only, as for generate")
+    parser.add_argument("--frozen", action="store_true", help="checkpoint only, as for generate")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every trial as JSON")
     parser.add_argument("--report", type=Path, metavar="FILE.html", help="also write a page with the front")
     add_quantize_arguments(parser)
@@ -150,6 +151,8 @@ def _open(arguments: argparse.Namespace) -> Pipeline:
             raise InputError("--dtype is for checkpoints; a bundle has the precision it was exported in")
         if arguments.attention is not None:
             raise InputError("--attention is for checkpoints; a bundle's graphs have their own")
+        if arguments.frozen:
+            raise InputError("--frozen is for checkpoints on --backend compiled; leave it out for a bundle")
         backend = arguments.backend or "onnxruntime"
         return Pipeline.from_bundle(open_bundle(path), backend=backend, device=arguments.device, cache=cache)
     backend = arguments.backend or "eager"
@@ -160,6 +163,7 @@ def _open(arguments: argparse.Namespace) -> Pipeline:
         device=arguments.device or "cpu",
         dtype=arguments.dtype,
         compiled=backend == "compiled",
+        frozen=arguments.frozen,
         attention=arguments.attention or "torch",
         cache=cache,
     )

@@ -8,6 +8,7 @@ without a word; here that is an error, and `seal` makes one of every size that w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,10 +25,15 @@ class CompiledNetwork:
     """A network behind torch.compile, callable with its positional inputs.
 
     cuda_graphs: record each size's launches as a CUDA graph and replay it; needs a CUDA device.
+    frozen: let the compiler keep the weights as constants, in the order that its products want: a copy for
+    each size, which later changes of the weights don't reach. Only without gradients.
     """
 
-    def __init__(self, name: str, module: nn.Module, *, cuda_graphs: bool = False) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, *, cuda_graphs: bool = False, frozen: bool = False
+    ) -> None:
         self._name = name
+        self._frozen = frozen
         self._cuda_graphs = cuda_graphs
         self._sealed = False
         self._sizes: set[tuple[tuple[int, ...] | None, ...]] = set()
@@ -43,16 +49,26 @@ class CompiledNetwork:
 
         Raises BackendError where these sizes can't be compiled.
         """
+        if self._frozen and torch.is_grad_enabled():  # inductor would leave the weights as they are, silently
+            raise BackendError(
+                f"{self._name} is frozen, and gradients are on; call it under torch.no_grad(), or open the "
+                "backend without frozen"
+            )
         key = tuple(None if tensor is None else tuple(tensor.shape) for tensor in inputs)
         if key not in self._sizes:
             self._check_room(sizes)
         # A limit of PyTorch's own counts the networks of a whole process; ours counts those of this one.
-        with torch._dynamo.config.patch(recompile_limit=1024, fail_on_recompile_limit_hit=True):  # noqa: SLF001
+        limit = torch._dynamo.config.patch(recompile_limit=1024, fail_on_recompile_limit_hit=True)  # noqa: SLF001
+        with limit, self._freezing():
             if self._cuda_graphs:
                 torch.compiler.cudagraph_mark_step_begin()
             outputs = self._call(*inputs)
         self._sizes.add(key)
         return _copied(outputs) if self._cuda_graphs else outputs
+
+    def _freezing(self) -> AbstractContextManager[Any]:
+        # Both halves of the compiler read it while they meet a size; given as an option, one would not.
+        return torch._inductor.config.patch(freezing=True) if self._frozen else nullcontext()  # noqa: SLF001
 
     def _check_room(self, sizes: Mapping[str, int]) -> None:
         wanted = ", ".join(f"{symbol}={size}" for symbol, size in sizes.items())

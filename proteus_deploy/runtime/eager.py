@@ -28,6 +28,8 @@ _CUDA = re.compile(r"cuda(:\d{1,4})?")
 # The reference has no largest batch; the table only needs a range that makes identities batched.
 _UNLIMITED_VIDEOS = 64
 
+_OF_THE_LOOP = ("denoiser", "controlnet")  # graphs that run in every step
+
 
 class EagerBackend:
     """Networks of a checkpoint in PyTorch. With `compiled`, each goes through torch.compile (inductor).
@@ -46,6 +48,7 @@ class EagerBackend:
         device: str | torch.device = "cpu",
         compiled: bool = False,
         cuda_graphs: bool = False,
+        frozen: bool = False,
         folded: bool = False,
         kernels: Kernels = "reference",
         attention: str = "torch",
@@ -58,7 +61,9 @@ class EagerBackend:
         `kernels.joint_attention.attention_with`, with any `kernels`. table: the contracts to hold to; None
         makes one for any batch. weights_of: a backend on the same checkpoint, device and dtype whose weights
         are shared: two forms of a network take the memory of one. cuda_graphs: with `compiled` on a CUDA
-        device, replay each size's launches as one CUDA graph. quantize: None, or what puts layers of lower
+        device, replay each size's launches as one CUDA graph. frozen: with `compiled` on a CPU, what runs in
+        every step has its weights laid out for the processor's products when a size is compiled: faster, and
+        a copy of these weights for each size. quantize: None, or what puts layers of lower
         precision into the networks.
 
         Raises BackendError when the device isn't here, or kernels, attention or graphs can't run on it.
@@ -84,7 +89,19 @@ class EagerBackend:
                 f"cuda_graphs replays what was compiled for a CUDA device; here compiled is {compiled} "
                 f"and the device {self.device}: leave it out, or pass compiled=True and device='cuda'"
             )
-        self._compiled, self.cuda_graphs = compiled, cuda_graphs
+        if frozen and not (compiled and self.device.type == "cpu"):
+            raise BackendError(
+                f"frozen lays out weights for compiled networks on a CPU; here compiled is {compiled} and "
+                f"the device {self.device}: leave it out, or take both (--backend compiled, compiled=True)"
+            )
+        if frozen and quantize is not None:
+            raise BackendError(
+                f"frozen would turn the stored codes of {quantize.name!r} back into whole weights; leave one "
+                "of the two out"
+            )
+        if frozen:
+            self.name += "-frozen"
+        self._compiled, self.cuda_graphs, self.frozen = compiled, cuda_graphs, frozen
         self.sealed = False
         self._weights_of = weights_of
         if weights_of is not None and (weights_of.device, weights_of.dtype) != (self.device, dtype):
@@ -122,7 +139,13 @@ class EagerBackend:
                     module = network.share(self._weights_of.runner(graph).module)
                 if not self._compiled:  # inductor chooses for itself
                     use_direct_convolutions(module, self.device, self.dtype)
-            runner = EagerGraph(contract, module, compiled=self._compiled, cuda_graphs=self.cuda_graphs)
+            runner = EagerGraph(
+                contract,
+                module,
+                compiled=self._compiled,
+                cuda_graphs=self.cuda_graphs,
+                frozen=self.frozen and graph in _OF_THE_LOOP,
+            )
             if self.sealed:
                 runner.seal()
             self._runners[graph] = runner
@@ -176,11 +199,19 @@ class EagerGraph:
     """One network behind the contract of its graph."""
 
     def __init__(
-        self, graph: Graph, module: nn.Module, *, compiled: bool = False, cuda_graphs: bool = False
+        self,
+        graph: Graph,
+        module: nn.Module,
+        *,
+        compiled: bool = False,
+        cuda_graphs: bool = False,
+        frozen: bool = False,
     ) -> None:
         self.graph = graph
         self.module = module
-        self._compiled = CompiledNetwork(graph.name, module, cuda_graphs=cuda_graphs) if compiled else None
+        self._compiled = (
+            CompiledNetwork(graph.name, module, cuda_graphs=cuda_graphs, frozen=frozen) if compiled else None
+        )
 
     def seal(self) -> None:
         """Refuse sizes that were not compiled yet; nothing to do for what isn't compiled."""

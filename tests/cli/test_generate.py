@@ -155,6 +155,7 @@ def test_word_that_is_no_choice_is_refused(
     [
         (["--dtype", "fp16"], "a bundle runs in the precision"),
         (["--attention", "cpu-bf16"], "a bundle's graphs have theirs"),
+        (["--frozen"], "--frozen is for checkpoints on --backend compiled"),
         (["--backend", "eager"], "backend 'eager' runs a checkpoint"),
         (["--height", "960"], "this bundle was exported for 32 to 96"),
     ],

@@ -170,6 +170,7 @@ def _wait(until: Callable[[], bool]) -> None:
         (("--backend", "onnxruntime"), "runs a bundle"),
         (("--backend", "compiled", "--low-memory"), "leave one of them out"),
         (("--low-memory", "--workers", "2"), "leave one of them out"),
+        (("--frozen",), "--frozen is for --backend compiled"),
         (("--portrait", "absent"), "--portrait is absent, which is no folder"),
         (("--workers", "0"), "--workers is 0"),
         (("--port", "70000"), "--port is 70000"),
@@ -195,6 +196,15 @@ def test_what_cannot_go_together_is_refused_by_name(
     data = ["--data-dir", str(tmp_path / "data"), "--port", "0"]
     assert main(["serve", str(MODEL), *data, *flags]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [("--frozen",), ("--attention", "cpu-bf16")])
+def test_compilers_and_attention_are_for_checkpoints(
+    flags: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / MANIFEST).write_text("{}")
+    assert main(["serve", str(tmp_path), "--data-dir", str(tmp_path / "data"), *flags]) == 2
+    assert "--attention and --frozen are for checkpoints" in capsys.readouterr().err
 
 
 def test_parts_of_batches_are_for_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
