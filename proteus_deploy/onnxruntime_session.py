@@ -14,6 +14,7 @@ __all__ = [
     "missing_kernels",
     "open_session",
     "quantised_formats",
+    "session_options",
 ]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -55,6 +56,20 @@ def missing_kernels(manifest: Mapping[str, Any]) -> str:
     return f"ONNX Runtime has no kernel for the nvfp4 weights of {', '.join(graphs)}"
 
 
+def session_options() -> Any:
+    """Options of every session here: errors only in its log, and threads that rest between its runs.
+
+    Each session has threads of its own, which by default go on spinning after a run. On a CPU whose cores are
+    all in use they take them from the next session, and from PyTorch.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
 def open_session(
     file: Any,
     provider: str = "CPUExecutionProvider",
@@ -68,8 +83,7 @@ def open_session(
     """
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options = session_options()
     if threads is not None:
         options.intra_op_num_threads = threads
     if formats:

@@ -181,9 +181,10 @@ class Pipeline:
         """The PyTorch reference on a checkpoint folder. Weights are read on first use of each stage.
 
         dtype: None for float32, or bfloat16 where a compiled pipeline runs on a CPU with AMX.
-        compiled: through torch.compile, identity attention in its folded form. frozen: with it on a CPU, the
-        denoiser's weights are laid out for the processor, once more for each size. attention: of the
-        denoiser, a name of `kernels.joint_attention.attention_with`. low_memory: see `Pipeline`.
+        compiled: through torch.compile, identity attention in its folded form. frozen: with it on a CPU,
+        weights are laid out for the processor, once more for each size, but for the text encoder's.
+        attention: of the denoiser, a name of `kernels.joint_attention.attention_with`.
+        low_memory: see `Pipeline`.
         cache: keeps results of text and identity stages across requests; its first use hashes the folder.
         quantize: a recipe's layers, `export.torch_quantizer.TorchQuantizer` (docs/quantize-torch.md).
         controlnet: folder of a control network, for requests with a control video (docs/control.md).

@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--frozen",
         action="store_true",
-        help="with --backend compiled on a CPU: faster steps, twice the denoiser's memory",
+        help="with --backend compiled on a CPU: faster, and a copy of most weights for each size",
     )
     add_adapter_argument(parser)
     add_control_arguments(parser)

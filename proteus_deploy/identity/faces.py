@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from proteus_deploy.errors import BackendError, CheckpointError, InputError, PhotoError
 from proteus_deploy.identity._packages import import_face_package
 from proteus_deploy.identity.alignment import similarity_between
+from proteus_deploy.onnxruntime_session import session_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,6 +120,7 @@ def load_pack(
             name=str(folder.resolve()),
             allowed_modules=["detection", "recognition"],
             providers=list(providers),
+            sess_options=session_options(),
         )
     except Exception as error:  # onnxruntime and the pack reader raise types of their own
         raise CheckpointError(

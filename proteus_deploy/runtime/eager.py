@@ -28,7 +28,8 @@ _CUDA = re.compile(r"cuda(:\d{1,4})?")
 # The reference has no largest batch; the table only needs a range that makes identities batched.
 _UNLIMITED_VIDEOS = 64
 
-_OF_THE_LOOP = ("denoiser", "controlnet")  # graphs that run in every step
+# A second copy of T5-XXL's weights is as large as the denoiser's, for three short runs in a request.
+_NEVER_FROZEN = ("text_encoder",)
 
 
 class EagerBackend:
@@ -61,9 +62,9 @@ class EagerBackend:
         `kernels.joint_attention.attention_with`, with any `kernels`. table: the contracts to hold to; None
         makes one for any batch. weights_of: a backend on the same checkpoint, device and dtype whose weights
         are shared: two forms of a network take the memory of one. cuda_graphs: with `compiled` on a CUDA
-        device, replay each size's launches as one CUDA graph. frozen: with `compiled` on a CPU, what runs in
-        every step has its weights laid out for the processor's products when a size is compiled: faster, and
-        a copy of these weights for each size. quantize: None, or what puts layers of lower
+        device, replay each size's launches as one CUDA graph. frozen: with `compiled` on a CPU, weights
+        are laid out for the processor's products when a size is compiled, but for the text encoder's: faster,
+        and a copy of these weights for each size. quantize: None, or what puts layers of lower
         precision into the networks.
 
         Raises BackendError when the device isn't here, or kernels, attention or graphs can't run on it.
@@ -144,7 +145,7 @@ class EagerBackend:
                 module,
                 compiled=self._compiled,
                 cuda_graphs=self.cuda_graphs,
-                frozen=self.frozen and graph in _OF_THE_LOOP,
+                frozen=self.frozen and graph not in _NEVER_FROZEN,
             )
             if self.sealed:
                 runner.seal()

@@ -35,6 +35,13 @@ def test_a_drawn_face_is_found_where_it_is(
         assert face.landmarks.dtype == np.float32
 
 
+def test_threads_rest_between_runs(detector: FaceDetector) -> None:
+    """Those of the detector would take the cores from the networks that follow."""
+    for model in (detector._detector, detector._recogniser):
+        options = model.session.get_session_options()
+        assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
 def test_no_face_gives_an_empty_list_and_a_clear_error(detector: FaceDetector) -> None:
     for grey in (0, 128, 255):
         faces = detector.detect(np.full((300, 400, 3), grey, np.uint8))

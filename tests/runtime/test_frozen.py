@@ -48,20 +48,34 @@ def test_gradients_would_leave_weights_unfrozen() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_frozen_denoiser_is_the_same(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", ["denoiser", "vae_decoder_first_2"])
+def test_what_is_frozen_is_the_same(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> None:
     frozen = EagerBackend(checkpoint, dtype=dtype, compiled=True, frozen=True)
     eager = EagerBackend(checkpoint)
     assert frozen.name == "compiled-frozen"
-    graph = eager.table.graph("denoiser")
+    graph = eager.table.graph(name)
     inputs = sample_inputs(graph, eager.table.sizes("opt"))
     kinds = {"float": dtype, "float32": torch.float32, "int64": torch.int64}
     cast = {name: value.to(kinds[graph.input(name).dtype]) for name, value in inputs.items()}
-    got, want = frozen.runner("denoiser")(**cast)["velocity"], eager.runner("denoiser")(**inputs)["velocity"]
+    output = graph.outputs[0].name
+    got, want = frozen.runner(name)(**cast)[output], eager.runner(name)(**inputs)[output]
     if dtype == torch.float32:
-        assert_close("velocity", got, want, TOLERANCES["bundle", "graph", "fp32"])
+        assert_close(output, got, want, TOLERANCES["bundle", "graph", "fp32"])
         return
-    plain = EagerBackend(checkpoint, dtype=dtype).runner("denoiser")(**cast)["velocity"]
+    plain = EagerBackend(checkpoint, dtype=dtype).runner(name)(**cast)[output]
     assert relative_error(got, want) < 1.5 * relative_error(plain, want)
+
+
+def test_the_text_encoder_has_one_copy_of_its_weights(checkpoint: Checkpoint) -> None:
+    """A changed weight is seen: it was not made a constant."""
+    backend = EagerBackend(checkpoint, compiled=True, frozen=True)
+    runner = backend.runner("text_encoder")
+    inputs = sample_inputs(runner.graph, {"B": 1, "N": 5})
+    before = runner(**inputs)["text"]
+    with torch.no_grad():
+        for parameter in runner.module.parameters():
+            parameter.mul_(2)
+    assert not torch.equal(runner(**inputs)["text"], before)
 
 
 def test_it_is_for_what_is_compiled_on_a_cpu(checkpoint: Checkpoint, parity: Path) -> None:

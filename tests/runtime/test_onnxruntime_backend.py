@@ -35,6 +35,13 @@ def test_a_graph_computes_what_it_says(new_bundle: Callable[..., Bundle], dtype:
     assert (outputs["y"].float() - expected(x, timestep)).norm() <= bound * expected(x, timestep).norm()
 
 
+def test_threads_rest_between_runs(new_bundle: Callable[..., Bundle]) -> None:
+    """Those of one graph would take the cores from the next."""
+    run = OnnxRuntimeBackend(new_bundle("bundle")).runner("first")
+    options = run._session.get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
 def test_results_do_not_share_memory(new_bundle: Callable[..., Bundle]) -> None:
     """The next call must not write into what the last one returned, nor into its inputs."""
     run = OnnxRuntimeBackend(new_bundle("bundle")).runner("first")
