@@ -57,8 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = read_plan(arguments.plan)
     people = list(HELD_OUT_SEEDS)[: arguments.people]
     requests = drawn_requests(people, steps=arguments.num_inference_steps)
-    how = {"compiled": arguments.backend == "compiled", "attention": arguments.attention}
-    with Pipeline.from_checkpoint(MODEL, dtype=arguments.dtype, **how) as pipeline:
+    with Pipeline.from_checkpoint(
+        MODEL,
+        dtype=arguments.dtype,
+        compiled=arguments.backend == "compiled",
+        attention=arguments.attention,
+        frozen=arguments.frozen,
+    ) as pipeline:
         trials = PlanTrials(pipeline, requests, DEFAULT_BUDGET, load_encoders(ENCODERS), _say)
         exact, planned = trials.exact(), trials.trial("planned", plan)
     document = {
@@ -71,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "dtype": arguments.dtype,
             "backend": arguments.backend,
             "attention": arguments.attention,
+            "frozen": arguments.frozen,
             "threads": torch.get_num_threads(),
             "num_inference_steps": arguments.num_inference_steps,
             "guidance_scale": GUIDANCE_SCALE,
@@ -99,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--backend", choices=("eager", "compiled"), default="eager")
     parser.add_argument("--attention", default="torch", metavar="NAME")
+    parser.add_argument("--frozen", action="store_true", help="as for generate")
     return parser
 
 
