@@ -38,7 +38,9 @@ class CompiledNetwork:
         self._sealed = False
         self._sizes: set[tuple[tuple[int, ...] | None, ...]] = set()
         mode = "reduce-overhead" if cuda_graphs else None
-        self._call = torch.compile(module, fullgraph=True, dynamic=False, mode=mode)
+        # As an option, too: code that was compiled without it for a network of the same class isn't taken then.
+        options = {"freezing": True} if frozen else None
+        self._call = torch.compile(module, fullgraph=True, dynamic=False, mode=mode, options=options)
 
     def seal(self) -> None:
         """From now on, sizes that this network was not compiled for are refused."""

@@ -40,6 +40,20 @@ def test_only_frozen_weights_are_constants(frozen: bool) -> None:
         assert not torch._inductor.config.freezing
 
 
+@pytest.mark.parametrize("frozen_first", [True, False])
+def test_frozen_and_plain_networks_do_not_share_code(frozen_first: bool) -> None:
+    """PyTorch looks up compiled code by the class; the weights' owner must not matter."""
+    layer = nn.Linear(8, 8).requires_grad_(False)
+    networks = {frozen: CompiledNetwork("layer", layer, frozen=frozen) for frozen in (True, False)}
+    x = torch.ones(4, 8)
+    with torch.inference_mode():
+        before = {frozen: networks[frozen]({"N": 4}, x) for frozen in (frozen_first, not frozen_first)}
+        layer.weight.mul_(2)
+        layer.bias.mul_(2)
+        for frozen, network in networks.items():
+            assert torch.equal(network({"N": 4}, x), before[frozen]) is frozen
+
+
 def test_gradients_would_leave_weights_unfrozen() -> None:
     network = CompiledNetwork("layer", nn.Linear(8, 8), frozen=True)
     with pytest.raises(BackendError, match="layer is frozen, and gradients are on"):
