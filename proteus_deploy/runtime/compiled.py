@@ -38,7 +38,7 @@ class CompiledNetwork:
         self._sealed = False
         self._sizes: set[tuple[tuple[int, ...] | None, ...]] = set()
         mode = "reduce-overhead" if cuda_graphs else None
-        # As an option, too: code that was compiled without it for a network of the same class isn't taken then.
+        # As an option, too: a network of the same class that isn't frozen has other code then.
         options = {"freezing": True} if frozen else None
         self._call = torch.compile(module, fullgraph=True, dynamic=False, mode=mode, options=options)
 
