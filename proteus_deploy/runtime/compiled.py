@@ -39,7 +39,7 @@ class CompiledNetwork:
         self._sizes: set[tuple[tuple[int, ...] | None, ...]] = set()
         mode = "reduce-overhead" if cuda_graphs else None
         # As an option, too: a network of the same class that isn't frozen has other code then.
-        options = {"freezing": True} if frozen else None
+        options: dict[str, Any] | None = {"freezing": True} if frozen else None
         self._call = torch.compile(module, fullgraph=True, dynamic=False, mode=mode, options=options)
 
     def seal(self) -> None:
