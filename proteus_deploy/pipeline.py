@@ -192,6 +192,11 @@ class Pipeline:
         """
         from proteus_deploy.runtime.eager import EagerBackend, default_dtype
 
+        if frozen and low_memory:
+            raise InputError(
+                "low_memory releases networks within each request, and frozen ones would be compiled again "
+                "for the next; leave one of the two out"
+            )
         checkpoint = Checkpoint.open(folder, controlnet=controlnet)
         precision = default_dtype(device, compiled=compiled) if dtype is None else resolve_dtype(dtype)
         backend = EagerBackend(

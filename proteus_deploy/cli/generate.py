@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--frozen",
         action="store_true",
-        help="with --backend compiled on a CPU: faster, and a copy of most weights for each size",
+        help="with --backend compiled on a CPU: faster with AVX512-BF16, weights once more for each size",
     )
     add_adapter_argument(parser)
     add_control_arguments(parser)

@@ -20,7 +20,7 @@ __all__ = ["add_quantize_arguments", "check_quantize_flags", "search_recipe"]
 _FORMATS = "int4-weight,int8-weight"
 _STEPS_PER_CASE = 3
 _OWN = ("formats", "calibration", "steps_per_case", "sensitivities", "cost")
-_PLANS = ("policy", "attention")
+_PLANS = ("policy", "attention", "frozen")
 
 
 def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +59,7 @@ def check_quantize_flags(arguments: argparse.Namespace) -> None:
     """Raises InputError for flags that belong to the other search, and for a backend that can't be used."""
     wrong = _PLANS if arguments.quantize else _OWN
     for name in wrong:
-        if getattr(arguments, name) is not None:
+        if getattr(arguments, name) not in (None, False):
             flag = "--" + name.replace("_", "-")
             raise InputError(
                 f"{flag} is for plans; leave it out with --quantize"

@@ -70,9 +70,11 @@ class OnnxRecogniser(nn.Module):
     def _compare(self, file: Path) -> None:
         from onnxruntime import InferenceSession
 
+        from proteus_deploy.onnxruntime_session import session_options
+
         faces = 2 * torch.rand(1, 3, _SIDE, _SIDE, generator=torch.Generator().manual_seed(0)) - 1
         levels = faces * 127.5 + 127.5 if self._takes_levels else faces
-        session = InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        session = InferenceSession(str(file), session_options(), providers=["CPUExecutionProvider"])
         expected = torch.from_numpy(session.run([self._output], {self._input: levels.numpy()})[0])
         try:
             found = self(faces)

@@ -8,7 +8,6 @@ without a word; here that is an error, and `seal` makes one of every size that w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -61,16 +60,14 @@ class CompiledNetwork:
             self._check_room(sizes)
         # A limit of PyTorch's own counts the networks of a whole process; ours counts those of this one.
         limit = torch._dynamo.config.patch(recompile_limit=1024, fail_on_recompile_limit_hit=True)  # noqa: SLF001
-        with limit, self._freezing():
+        # Both halves of the compiler read it while they meet a size; given as an option, one would not.
+        freezing = torch._inductor.config.patch(freezing=self._frozen)  # noqa: SLF001
+        with limit, freezing:
             if self._cuda_graphs:
                 torch.compiler.cudagraph_mark_step_begin()
             outputs = self._call(*inputs)
         self._sizes.add(key)
         return _copied(outputs) if self._cuda_graphs else outputs
-
-    def _freezing(self) -> AbstractContextManager[Any]:
-        # Both halves of the compiler read it while they meet a size; given as an option, one would not.
-        return torch._inductor.config.patch(freezing=True) if self._frozen else nullcontext()  # noqa: SLF001
 
     def _check_room(self, sizes: Mapping[str, int]) -> None:
         wanted = ", ".join(f"{symbol}={size}" for symbol, size in sizes.items())

@@ -1,18 +1,22 @@
-"""Frozen weights: constants of what was compiled, which later changes don't reach, and the same result."""
+"""Frozen weights: which networks the compiler is told to freeze, and that the result is the same."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from proteus_deploy import BackendError, Pipeline
+from proteus_deploy import BackendError, InputError, Pipeline
+from proteus_deploy.benchmarks.candidates import Opener, parse_candidate
 from proteus_deploy.checkpoint import Checkpoint
 from proteus_deploy.runtime.compiled import CompiledNetwork
 from proteus_deploy.runtime.eager import EagerBackend
+from proteus_deploy.serving.messages import PipelineChoice
+from proteus_deploy.serving.worker_pipeline import open_pipeline
 from proteus_deploy.stages import sample_inputs
 from proteus_deploy.testing import TOLERANCES, assert_close, relative_error
 
@@ -23,35 +27,56 @@ def _compiled_anew() -> Iterator[None]:
     torch.compiler.reset()
 
 
+@pytest.fixture(autouse=True)
+def frozen_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows with each graph that inductor freezes. (Whether a changed weight is seen depends on the CPU.)"""
+    from torch._inductor import compile_fx
+
+    graphs: list[Any] = []
+    real = compile_fx.fw_compiler_freezing
+
+    def counted(graph: Any, *rest: Any, **named: Any) -> Any:
+        graphs.append(graph)
+        return real(graph, *rest, **named)
+
+    monkeypatch.setattr(compile_fx, "fw_compiler_freezing", counted)
+    return graphs
+
+
 @pytest.fixture
 def checkpoint(parity: Path) -> Checkpoint:
     return Checkpoint.open(parity / "checkpoint")
 
 
+@pytest.mark.parametrize("environment", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_only_frozen_weights_are_constants(frozen: bool) -> None:
+def test_the_argument_chooses(frozen: bool, environment: bool, frozen_graphs: list[Any]) -> None:
+    """TORCHINDUCTOR_FREEZING=1 sets the configuration's value for a process."""
     layer = nn.Linear(8, 8).requires_grad_(False)
-    network, x = CompiledNetwork("layer", layer, frozen=frozen), torch.ones(4, 8)
-    with torch.inference_mode():
-        before = network({"N": 4}, x)
-        layer.weight.mul_(2)
-        layer.bias.mul_(2)
-        assert torch.equal(network({"N": 4}, x), before) is frozen
-        assert not torch._inductor.config.freezing
+    with torch._inductor.config.patch(freezing=environment), torch.inference_mode():
+        CompiledNetwork("layer", layer, frozen=frozen)({"N": 4}, torch.ones(4, 8))
+        assert torch._inductor.config.freezing is environment
+    assert len(frozen_graphs) == frozen
 
 
 @pytest.mark.parametrize("frozen_first", [True, False])
-def test_frozen_and_plain_networks_do_not_share_code(frozen_first: bool) -> None:
-    """PyTorch looks up compiled code by the class; the weights' owner must not matter."""
-    layer = nn.Linear(8, 8).requires_grad_(False)
-    networks = {frozen: CompiledNetwork("layer", layer, frozen=frozen) for frozen in (True, False)}
+def test_frozen_and_plain_networks_do_not_share_code(frozen_first: bool, frozen_graphs: list[Any]) -> None:
+    """PyTorch looks up compiled code by the class."""
+    layer, counts = nn.Linear(8, 8).requires_grad_(False), []
+    with torch.inference_mode():
+        for frozen in (frozen_first, not frozen_first):
+            CompiledNetwork("layer", layer, frozen=frozen)({"N": 4}, torch.ones(4, 8))
+            counts.append(len(frozen_graphs))
+    assert counts == ([1, 1] if frozen_first else [0, 1])
+
+
+def test_two_frozen_networks_keep_their_own_weights() -> None:
+    layers = [nn.Linear(8, 8).requires_grad_(False) for _ in range(2)]
     x = torch.ones(4, 8)
     with torch.inference_mode():
-        before = {frozen: networks[frozen]({"N": 4}, x) for frozen in (frozen_first, not frozen_first)}
-        layer.weight.mul_(2)
-        layer.bias.mul_(2)
-        for frozen, network in networks.items():
-            assert torch.equal(network({"N": 4}, x), before[frozen]) is frozen
+        for layer in layers:
+            got = CompiledNetwork("layer", layer, frozen=True)({"N": 4}, x)
+            assert_close("layer", got, layer(x), TOLERANCES["bundle", "graph", "fp32"])
 
 
 def test_gradients_would_leave_weights_unfrozen() -> None:
@@ -63,7 +88,9 @@ def test_gradients_would_leave_weights_unfrozen() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["denoiser", "vae_decoder_first_2"])
-def test_what_is_frozen_is_the_same(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> None:
+def test_what_is_frozen_is_the_same(
+    checkpoint: Checkpoint, name: str, dtype: torch.dtype, frozen_graphs: list[Any]
+) -> None:
     frozen = EagerBackend(checkpoint, dtype=dtype, compiled=True, frozen=True)
     eager = EagerBackend(checkpoint)
     assert frozen.name == "compiled-frozen"
@@ -73,6 +100,7 @@ def test_what_is_frozen_is_the_same(checkpoint: Checkpoint, name: str, dtype: to
     cast = {name: value.to(kinds[graph.input(name).dtype]) for name, value in inputs.items()}
     output = graph.outputs[0].name
     got, want = frozen.runner(name)(**cast)[output], eager.runner(name)(**inputs)[output]
+    assert len(frozen_graphs) == 1
     if dtype == torch.float32:
         assert_close(output, got, want, TOLERANCES["bundle", "graph", "fp32"])
         return
@@ -80,16 +108,44 @@ def test_what_is_frozen_is_the_same(checkpoint: Checkpoint, name: str, dtype: to
     assert relative_error(got, want) < 1.5 * relative_error(plain, want)
 
 
-def test_the_text_encoder_has_one_copy_of_its_weights(checkpoint: Checkpoint) -> None:
-    """A changed weight is seen: it was not made a constant."""
-    backend = EagerBackend(checkpoint, compiled=True, frozen=True)
-    runner = backend.runner("text_encoder")
-    inputs = sample_inputs(runner.graph, {"B": 1, "N": 5})
-    before = runner(**inputs)["text"]
-    with torch.no_grad():
-        for parameter in runner.module.parameters():
-            parameter.mul_(2)
-    assert not torch.equal(runner(**inputs)["text"], before)
+def test_the_text_encoder_has_one_copy_of_its_weights(
+    checkpoint: Checkpoint, frozen_graphs: list[Any]
+) -> None:
+    runner = EagerBackend(checkpoint, compiled=True, frozen=True).runner("text_encoder")
+    runner(**sample_inputs(runner.graph, {"B": 1, "N": 5}))
+    assert frozen_graphs == []
+
+
+def test_it_reaches_the_backend_of_a_pipeline_and_of_a_worker(parity: Path) -> None:
+    choice = PipelineChoice("checkpoint", str(parity / "checkpoint"), backend="compiled", frozen=True)
+    with (
+        Pipeline.from_checkpoint(parity / "checkpoint", compiled=True, frozen=True) as own,
+        open_pipeline(choice) as served,
+    ):
+        for pipeline in (own, served):
+            assert isinstance(pipeline.backend, EagerBackend)
+            assert pipeline.backend.frozen
+            assert pipeline.backend.name == "compiled-frozen"
+
+
+def test_attention_reaches_the_backend_of_a_worker(parity: Path) -> None:
+    choice = PipelineChoice("checkpoint", str(parity / "checkpoint"), attention="none")
+    with pytest.raises(BackendError, match="attention 'none' is unknown"):
+        open_pipeline(choice)
+
+
+def test_what_is_released_in_each_request_is_not_frozen(parity: Path) -> None:
+    with pytest.raises(InputError, match="low_memory releases networks within each request"):
+        Pipeline.from_checkpoint(parity / "checkpoint", compiled=True, frozen=True, low_memory=True)
+
+
+def test_a_candidate_for_cpus_is_frozen_without_a_recipe(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    opened = Opener(checkpoint, None, tmp_path)(parse_candidate("exact:compiled:fp32"))
+    assert isinstance(opened, EagerBackend)
+    assert not opened.frozen
+    if torch.cpu._is_avx512_bf16_supported():
+        name = Opener(checkpoint, None, tmp_path)(parse_candidate("exact:compiled-cpu:bf16")).name
+        assert name == "compiled-attention-cpu-bf16-frozen"
 
 
 def test_it_is_for_what_is_compiled_on_a_cpu(checkpoint: Checkpoint, parity: Path) -> None:
