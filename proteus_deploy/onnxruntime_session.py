@@ -57,7 +57,7 @@ def missing_kernels(manifest: Mapping[str, Any]) -> str:
 
 
 def session_options() -> Any:
-    """Options of every session here: errors only in its log, and threads that rest between its runs.
+    """Options of the sessions of models: errors only in its log, and threads that rest between its runs.
 
     Each session has threads of its own, which by default go on spinning after a run. On a CPU whose cores are
     all in use they take them from the next session, and from PyTorch.

@@ -104,10 +104,12 @@ struct Worker {
             tops = _mm512_mask_max_ps(tops, here, _mm512_maskz_loadu_ps(here, row + n), tops);
         });
         const float top = _mm512_reduce_max_ps(tops);
-        const __m512 factor = _mm512_set1_ps(scale), minus_top = _mm512_set1_ps(-top * scale);
+        const __m512 factor = _mm512_set1_ps(scale), most = _mm512_set1_ps(top);
         __m512 total = _mm512_setzero_ps();
         each_lanes(count, [&](int64_t n, __mmask16 here) {
-            const __m512 weight = exp2_of(_mm512_fmadd_ps(_mm512_maskz_loadu_ps(here, row + n), factor, minus_top));
+            // The difference first: of large scores a product with the factor would leave a rounding above zero.
+            const __m512 below = _mm512_sub_ps(_mm512_maskz_loadu_ps(here, row + n), most);
+            const __m512 weight = exp2_of(_mm512_mul_ps(below, factor));
             total = _mm512_mask_add_ps(total, here, total, weight);
             _mm256_mask_storeu_epi16(to + n, here, (__m256i)_mm512_cvtneps_pbh(weight));
         });

@@ -8,6 +8,7 @@ without a word; here that is an error, and `seal` makes one of every size that w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import copy_context
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ class CompiledNetwork:
 
     cuda_graphs: record each size's launches as a CUDA graph and replay it; needs a CUDA device.
     frozen: let the compiler keep the weights as constants, in the order that its products want: a copy for
-    each size, which later changes of the weights don't reach. Only without gradients.
+    each size, which later changes of the weights don't reach, and which the compiler keeps until the process
+    ends. Only without gradients.
     """
 
     def __init__(
@@ -58,6 +60,12 @@ class CompiledNetwork:
         key = tuple(None if tensor is None else tuple(tensor.shape) for tensor in inputs)
         if key not in self._sizes:
             self._check_room(sizes)
+        # In a context of its own: each patch of a configuration leaves a variable behind in the caller's.
+        outputs = copy_context().run(self._run, inputs)
+        self._sizes.add(key)
+        return _copied(outputs) if self._cuda_graphs else outputs
+
+    def _run(self, inputs: tuple[Tensor | None, ...]) -> Any:
         # A limit of PyTorch's own counts the networks of a whole process; ours counts those of this one.
         limit = torch._dynamo.config.patch(recompile_limit=1024, fail_on_recompile_limit_hit=True)  # noqa: SLF001
         # Both halves of the compiler read it while they meet a size; given as an option, one would not.
@@ -65,9 +73,7 @@ class CompiledNetwork:
         with limit, freezing:
             if self._cuda_graphs:
                 torch.compiler.cudagraph_mark_step_begin()
-            outputs = self._call(*inputs)
-        self._sizes.add(key)
-        return _copied(outputs) if self._cuda_graphs else outputs
+            return self._call(*inputs)
 
     def _check_room(self, sizes: Mapping[str, int]) -> None:
         wanted = ", ".join(f"{symbol}={size}" for symbol, size in sizes.items())

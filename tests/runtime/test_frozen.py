@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,17 @@ def test_two_frozen_networks_keep_their_own_weights() -> None:
         for layer in layers:
             got = CompiledNetwork("layer", layer, frozen=True)({"N": 4}, x)
             assert_close("layer", got, layer(x), TOLERANCES["bundle", "graph", "fp32"])
+
+
+def test_calls_leave_nothing_in_the_context() -> None:
+    """A server makes millions of them in one thread."""
+    network, x = CompiledNetwork("layer", nn.Linear(8, 8).requires_grad_(False)), torch.ones(4, 8)
+    with torch.inference_mode():
+        network({"N": 4}, x)
+        before = len(copy_context())
+        for _ in range(10):
+            network({"N": 4}, x)
+    assert len(copy_context()) == before
 
 
 def test_gradients_would_leave_weights_unfrozen() -> None:
