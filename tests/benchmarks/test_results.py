@@ -29,6 +29,36 @@ def shown(page: str, name: str) -> str | None:
     return found[0] if found else None
 
 
+def test_the_advice_for_bfloat16_is_what_was_measured(repository: Path) -> None:
+    """The loops' ratios that docs/bench.md and the README's choice quote."""
+    files = ("bench_mini_quantised_avx512", "bench_mini")
+    documents = [
+        json.loads((repository / "benchmarks/results" / f"{name}.json").read_text()) for name in files
+    ]
+    medians = [
+        {row["case"]: row["latency_ms"]["median"] for row in document["rows"]} for document in documents
+    ]
+    over = {
+        case: (medians[0]["exact:onnxruntime:fp32"] / ms, medians[0]["published:eager:bf16"] / ms)
+        for case, ms in medians[0].items()
+    }
+    page = " ".join((repository / "docs" / "bench.md").read_text(encoding="utf-8").split())
+    best, int8, bf16 = (
+        over[f"exact:{name}"] for name in ("compiled-cpu:bf16", "openvino:bf16+int8", "openvino:bf16")
+    )
+    assert f"{best[0]:.2f} times ONNX Runtime in float32, {best[1]:.2f} times the published form" in page
+    assert f"on OpenVINO ({int8[0]:.2f} and {int8[1]:.2f})" in page
+    assert f"then one in bfloat16 ({bf16[0]:.2f} and {bf16[1]:.2f})" in page
+    whole = medians[1]["published:eager:bf16"] / medians[1]["exact:compiled-cpu:bf16"]
+    front = (repository / "README.md").read_text(encoding="utf-8")
+    low, high = sorted((whole, best[1]))
+    assert (
+        f"| {best[0]:.1f} times ONNX Runtime in float32 and {low:.1f} to {high:.1f} times the published"
+        in front
+    )
+    assert f"the bundle {int8[0]:.2f} and {int8[1]:.1f} times |" in front
+
+
 @pytest.mark.parametrize(("name", "page"), PAGES.items())
 def test_a_page_shows_what_was_measured(repository: Path, name: str, page: str) -> None:
     """A file without its table, a table without its file, or figures that differ: all fail."""

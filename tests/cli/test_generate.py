@@ -150,6 +150,13 @@ def test_word_that_is_no_choice_is_refused(
     assert more[1] in capsys.readouterr().err
 
 
+def test_frozen_weights_are_for_what_is_compiled(
+    tiny_checkpoint: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(_words(tiny_checkpoint, photo, tmp_path / "out.mp4", "--frozen")) == 2
+    assert "here compiled is False and the device cpu" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -81,6 +81,7 @@ def test_a_recipe_for_the_shipped_model(
         (["--formats", "int8"], "--formats is for the search of a recipe; add --quantize"),
         (["--steps-per-case", "2"], "--steps-per-case is for the search of a recipe; add --quantize"),
         (["--quantize", "--policy", "guidance"], "--policy is for plans; leave it out with --quantize"),
+        (["--frozen"], "here compiled is False and the device cpu"),
         (["--quantize", "--frozen"], "--frozen is for plans; leave it out with --quantize"),
         (
             ["--quantize", "--backend", "compiled"],

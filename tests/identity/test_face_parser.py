@@ -47,6 +47,14 @@ def test_masking_resize_and_normalisation_are_the_published_ones(
         assert error < 1e-6, name
 
 
+def test_of_equal_labels_the_first_counts() -> None:
+    logits, face = torch.zeros(1, 19, 1, 3), torch.full((1, 3, 1, 3), 0.5)
+    logits[:, 1:, :, 1] = 1  # skin, 1, is kept; the background, 0, and the hat, 18, are not
+    logits[:, (15, 17), :, 2] = 1  # a necklace before hair
+    _, colour = keep_face(face, logits)
+    assert colour[0, 0, 0].tolist() == [1.0, 0.5, 1.0]
+
+
 def broken(golden: Path, folder: Path, change: str) -> Path:
     tensors = load_file(golden / "face_parser_weights.safetensors")
     if change == "missing":

@@ -151,13 +151,13 @@ def test_what_is_released_in_each_request_is_not_frozen(parity: Path) -> None:
         Pipeline.from_checkpoint(parity / "checkpoint", compiled=True, frozen=True, low_memory=True)
 
 
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="the attention of compiled-cpu")
 def test_a_candidate_for_cpus_is_frozen_without_a_recipe(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    opened = Opener(checkpoint, None, tmp_path)(parse_candidate("exact:compiled:fp32"))
-    assert isinstance(opened, EagerBackend)
-    assert not opened.frozen
-    if torch.cpu._is_avx512_bf16_supported():
-        name = Opener(checkpoint, None, tmp_path)(parse_candidate("exact:compiled-cpu:bf16")).name
-        assert name == "compiled-attention-cpu-bf16-frozen"
+    opener = Opener(checkpoint, None, tmp_path)
+    assert opener(parse_candidate("exact:compiled-cpu:bf16")).name == "compiled-attention-cpu-bf16-frozen"
+    recipe = opener(parse_candidate("exact:compiled-cpu:bf16+int8-weight"))
+    assert recipe.name == "compiled-attention-cpu-bf16-int8-weight"
+    assert opener(parse_candidate("exact:compiled:fp32")).name == "compiled"
 
 
 def test_it_is_for_what_is_compiled_on_a_cpu(checkpoint: Checkpoint, parity: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ import httpx2
 import pytest
 
 from proteus_deploy.bundle import MANIFEST
+from proteus_deploy.cli import serve
 from proteus_deploy.cli.main import main
 from proteus_deploy.tiny.trained import MODEL
 
@@ -196,6 +198,15 @@ def test_what_cannot_go_together_is_refused_by_name(
     data = ["--data-dir", str(tmp_path / "data"), "--port", "0"]
     assert main(["serve", str(MODEL), *data, *flags]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_flags_of_a_compiled_model_reach_the_workers() -> None:
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    words = ["--backend", "compiled", "--dtype", "bf16", "--attention", "cpu-bf16", "--frozen"]
+    choice = serve._settings(parser.parse_args([str(MODEL), *words])).pipeline
+    assert (choice.backend, choice.dtype) == ("compiled", "bf16")
+    assert (choice.attention, choice.frozen) == ("cpu-bf16", True)
 
 
 @pytest.mark.parametrize("flags", [("--frozen",), ("--attention", "cpu-bf16")])
