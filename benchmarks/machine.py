@@ -75,8 +75,12 @@ def describe_code(repository: Path) -> str:
     """By what results of this code can be told from others': the commit, and a word of its own for every call
     in a tree with changes or outside a clone."""
     commit = describe_commit(repository)
-    clean = not commit.endswith("-dirty") and commit != "unknown"
-    return commit if clean else f"{commit}-{secrets.token_hex(4)}"
+    return commit if is_clean(commit) else f"{commit}-{secrets.token_hex(4)}"
+
+
+def is_clean(commit: str) -> bool:
+    """Whether what `describe_commit` said names a commit and nothing else."""
+    return not commit.endswith("-dirty") and commit != "unknown"
 
 
 def _git(repository: Path, *arguments: str) -> str:

@@ -2,17 +2,20 @@
 
     python -m proteus_deploy.benchmarks.readme_table benchmarks/results/bench_mini.json
 
-NAME is the file's, without its ending. A test holds the README to the file.
+NAME is the file's, without its ending. A test holds the README to the file. A file measured on a tree with
+changes, or outside a clone, is refused: nobody could measure it again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from proteus_deploy.benchmarks import bench_report
+from proteus_deploy.benchmarks.machine import is_clean
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,6 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="what `proteus-deploy bench --json` wrote")
     file: Path = parser.parse_args(arguments).file
     document = json.loads(file.read_text(encoding="utf-8"))
+    if not is_clean(document["commit"]):
+        print(
+            f"error: {file} was measured at {document['commit']}, not at a commit: commit or remove what "
+            "`git status` lists, then measure again",
+            file=sys.stderr,
+        )
+        return 2
     print(f"<!-- {file.stem} -->\n{bench_report.readme_table(document)}\n<!-- /{file.stem} -->")
     return 0
 

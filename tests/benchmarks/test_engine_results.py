@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from proteus_deploy.benchmarks.machine import is_clean
 from proteus_deploy.benchmarks.quantised_engines import engines_table
 from proteus_deploy.benchmarks.real_size_tables import exports_table, main, slices_table
 
@@ -33,7 +34,7 @@ def test_pages_show_what_was_measured(repository: Path, name: str) -> None:
         return
     document = json.loads(file.read_text(encoding="utf-8"))
     assert shown == [table(document)]
-    assert not document["commit"].endswith(("-dirty", "unknown")), "measure a commit, not a working tree"
+    assert is_clean(document["commit"]), "measure a commit, not a working tree"
     assert not [row for row in document["rows"] if row.get("unexplained")]
 
 

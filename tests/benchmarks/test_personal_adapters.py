@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from proteus_deploy.benchmarks.machine import is_clean
 from proteus_deploy.benchmarks.personal_adapters import summary
 from proteus_deploy.benchmarks.personal_table import main
 
@@ -43,4 +44,4 @@ def test_the_page_shows_what_was_measured(repository: Path, capsys: pytest.Captu
     document = json.loads(file.read_text(encoding="utf-8"))
     assert document["table"] == summary(document["rows"])
     assert len(document["people"]) == 10
-    assert not document["commit"].endswith(("-dirty", "unknown")), "measure a commit, not a working tree"
+    assert is_clean(document["commit"]), "measure a commit, not a working tree"

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 from proteus_deploy.benchmarks import precision_report
+from proteus_deploy.benchmarks.machine import is_clean
 from proteus_deploy.export.recipe import Recipe
 
 
 def test_the_page_of_tuning_shows_the_mixed_recipe(repository: Path) -> None:
     results = repository / "benchmarks" / "results" / "tiny_model"
     document = json.loads((results / "tune_quantize.json").read_text(encoding="utf-8"))
-    assert not document["commit"].endswith(("-dirty", "unknown")), "measure a commit, not a working tree"
+    assert is_clean(document["commit"]), "measure a commit, not a working tree"
     recipe = Recipe.read(results / "mixed_recipe.json")
     assert recipe.hash == document["recipe"]
     page = (repository / "docs" / "tune.md").read_text(encoding="utf-8")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from proteus_deploy.benchmarks import bench_report, readme_table, recipe_table
+from proteus_deploy.benchmarks.machine import is_clean
 
 # benchmarks/results/NAME.json, shown between <!-- NAME --> and <!-- /NAME --> of a page
 PAGES = {
@@ -67,7 +68,7 @@ def test_a_page_shows_what_was_measured(repository: Path, name: str, page: str) 
     wanted = None if document is None else bench_report.readme_table(document)
     assert shown((repository / page).read_text(encoding="utf-8"), name) == wanted
     if document is not None:
-        assert not document["commit"].endswith(("-dirty", "unknown")), "measure a commit, not a working tree"
+        assert is_clean(document["commit"]), "measure a commit, not a working tree"
 
 
 def test_the_page_of_policies_shows_what_was_measured(repository: Path) -> None:
@@ -103,7 +104,7 @@ def test_the_page_of_policies_shows_what_was_measured(repository: Path) -> None:
     assert not bold["planned"]["passed"]
     assert held_out["planned"]["passed"]
     for document in (tuned, bold, held_out, requests):
-        assert not document["commit"].endswith(("-dirty", "unknown"))
+        assert is_clean(document["commit"])
 
 
 def request_rows(document: dict[str, Any]) -> list[str]:
@@ -147,7 +148,7 @@ def test_the_plan_in_bfloat16_is_what_was_measured(repository: Path) -> None:
     assert f"PSNR {after['psnr']:.1f} dB to the same form without a plan" in front
     assert after["face_sim_arc"] >= before["face_sim_arc"]
     for document in (held_out, requests):
-        assert not document["commit"].endswith(("-dirty", "unknown"))
+        assert is_clean(document["commit"])
 
 
 def test_the_page_of_recipes_shows_what_was_measured(repository: Path) -> None:
@@ -155,7 +156,7 @@ def test_the_page_of_recipes_shows_what_was_measured(repository: Path) -> None:
     document = json.loads(file.read_text(encoding="utf-8"))
     page = (repository / "docs" / "quantize.md").read_text(encoding="utf-8")
     assert shown(page, "quantised_recipes") == recipe_table.recipe_table(document)
-    assert not document["commit"].endswith(("-dirty", "unknown"))
+    assert is_clean(document["commit"])
     assert not [row for row in (*document["rows"], *document["parity"]["rows"]) if row["status"] == "failed"]
     measured = [row for row in document["rows"] if row["recipe"] == "int8" and "video" in row]
     assert {row["backend"] for row in measured} == set(document["settings"]["video_backends"])
@@ -215,6 +216,10 @@ def test_table_of_a_document(
     assert readme_table.main([str(file)]) == 0
     printed = capsys.readouterr().out
     assert shown(f"# Title\n\n{printed}\nmore", "bench_mini") == table
+    file.write_text(json.dumps(document | {"commit": "0123456789abcdef-dirty"}))
+    assert readme_table.main([str(file)]) == 2
+    refused = capsys.readouterr()
+    assert (refused.out, "0123456789abcdef-dirty, not at a commit" in refused.err) == ("", True)
 
 
 def test_a_lone_marker_is_noticed() -> None:
