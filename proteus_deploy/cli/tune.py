@@ -46,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy", action="append", choices=POLICIES, help="use only this one; repeatable (default: all)"
     )
     parser.add_argument("--budget", type=Path, metavar="FILE", help="TOML of bounds (default: docs/tune.md)")
+    parser.add_argument(
+        "--confident",
+        action="store_true",
+        help="bounds on means must hold over the whole confidence interval: more careful, needs more cases",
+    )
     parser.add_argument("--encoders", type=Path, metavar="DIR", help="networks that measure the videos")
     parser.add_argument("--backend", choices=_BACKENDS, help="as for generate")
     parser.add_argument("--device", help="e.g. cpu, cuda (default: the backend's own)")
@@ -81,6 +86,9 @@ def run(arguments: argparse.Namespace) -> int:
     budget = _budget(arguments.budget)
     cases = cases_of(arguments)
     kept_out = _kept_out(arguments.check, len(cases))
+    if arguments.confident:
+        _check_intervals(len(cases) - kept_out, kept_out)
+        budget = budget.confident()
     encoders = load_encoders(arguments.encoders or ENCODERS)
     if arguments.quantize:
         return search_recipe(
@@ -128,6 +136,15 @@ def _kept_out(check: int | None, cases: int) -> int:
             f"--check is {check}; of {cases} cases it can keep 0 to {cases - 1} out of the search"
         )
     return check
+
+
+def _check_intervals(searched: int, kept_out: int) -> None:
+    """Raises InputError where a mean would have no interval."""
+    if searched < 2 or kept_out == 1:
+        raise InputError(
+            f"--confident needs two cases or more for an interval, and there are {searched} to search with "
+            f"and {kept_out} to check; give more, or choose another --check"
+        )
 
 
 def _budget(file: Path | None) -> Budget:

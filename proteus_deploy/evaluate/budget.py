@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -84,6 +84,19 @@ class Budget:
     def needs_baseline(self) -> bool:
         """Whether a bound compares with a baseline."""
         return any(bound.kind in AGAINST_BASELINE for bound in self.bounds)
+
+    def confident(self) -> Budget:
+        """With the nearest end of a mean's interval in place of the mean: a bound holds where so few videos
+        leave little doubt. Bounds on other statistics stay as they are."""
+        bounds = tuple(
+            replace(bound, statistic="ci_low" if bound.kind in _FROM_BELOW else "ci_high")
+            if bound.statistic == "mean"
+            else bound
+            for bound in self.bounds
+        )
+        return replace(
+            self, bounds=bounds, name=f"{self.name}, at the ends of {self.confidence:.0%} intervals"
+        )
 
 
 def read_budget(file: Path, known: Mapping[str, MetricInfo]) -> Budget:

@@ -77,6 +77,8 @@ def test_a_recipe_for_the_shipped_model(
         (["--people", "0"], "--people is 0; choose 1 to 30"),
         (["--budget", "nowhere.toml"], "nowhere.toml"),
         (["--check", "4"], "--check is 4; of 4 cases it can keep 0 to 3 out of the search"),
+        (["--confident"], "two cases or more for an interval, and there are 3 to search with and 1 to check"),
+        (["--confident", "--people", "1"], "there are 1 to search with and 0 to check"),
         (["--backend", "openvino"], "--backend openvino runs bundles"),
         (["--formats", "int8"], "--formats is for the search of a recipe; add --quantize"),
         (["--steps-per-case", "2"], "--steps-per-case is for the search of a recipe; add --quantize"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,31 @@ def test_reading(budget: ReadBudget) -> None:
     assert found.name == "budget.toml"
     assert found.metrics == ("face_sim_arc", "lpips", "clip_score")
     assert found.needs_baseline
+
+
+def test_a_confident_budget_looks_at_the_ends_of_intervals() -> None:
+    """The mean of 29, 31, 33 is inside and the lower end of its interval is not."""
+    bounds = (
+        Bound("psnr", "min", 30.0),
+        Bound("motion_background", "max_drop", 5.0, relative=True),
+        Bound("motion_background", "max_rise", 5.0, relative=True),
+        Bound("lpips", "max", 0.2),
+        Bound("lpips", "max", 0.4, "worst"),
+    )
+    budget = Budget(bounds, name="mine")
+    confident = budget.confident()
+    assert [bound.statistic for bound in confident.bounds] == [
+        "ci_low",
+        "ci_low",
+        "ci_high",
+        "ci_high",
+        "worst",
+    ]
+    assert confident.name == "mine, at the ends of 95% intervals"
+    assert [replace(bound, statistic="mean") for bound in confident.bounds[:4]] == list(bounds[:4])
+    measured = videos(29.0, 31.0, 33.0)
+    for tried, passed in ((Budget(bounds[:1]), True), (Budget(bounds[:1]).confident(), False)):
+        assert check(tried, measured, known=METRICS).passed is passed
 
 
 HEAD = '[[bound]]\nmetric = "psnr"\n'
