@@ -7,6 +7,7 @@ import math
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -111,6 +112,8 @@ def verify_bundle(
     *,
     checkpoint: Path | None = None,
     controlnet: Path | None = None,
+    attention: str = "torch",
+    frozen: bool = False,
     budget: Path | None = None,
     on_video: OnVideo | None = None,
     report: Report = no_report,
@@ -118,7 +121,8 @@ def verify_bundle(
     """Compare each backend with the reference.
 
     The reference is the one recorded in the bundle, or, given `checkpoint`, computed from it now. The
-    backends eager and compiled run the checkpoint at the bundle's precision, so they need it.
+    backends eager and compiled run the checkpoint at the bundle's precision, so they need it; attention
+    (of both) and frozen (of compiled) are those of `Pipeline.from_checkpoint`, and rows name them.
     A portrait in the bundle is compared with its own record where onnxruntime is among the backends.
     budget: JSON {check: tolerance} that replaces entries of the tolerance table.
     on_video: sees each backend's whole video; not called where none was recorded or the run ended in NaN.
@@ -128,6 +132,7 @@ def verify_bundle(
         raise InputError(
             f"no backend to verify; choose from {', '.join((*BUNDLE_BACKENDS, *CHECKPOINT_BACKENDS))}"
         )
+    _check_form(backends, attention, frozen=frozen)
     source = None
     if checkpoint is not None:
         source = Checkpoint.open(checkpoint, controlnet=controlnet)
@@ -139,10 +144,11 @@ def verify_bundle(
     stages, video = list(_stages(bundle, source, report)), _video(bundle, source, report)
     rows: list[Row] = []
     for name in backends:
-        pipeline = _open(bundle, name, source)
-        with pipeline:
-            rows += _verify_stages(pipeline.backend, name, stages, tolerances, report)
-            rows += _verify_video(pipeline, name, video, tolerances, on_video, report)
+        seen = None if on_video is None else partial(on_video, name)
+        with _open(bundle, name, source, attention, frozen=frozen) as pipeline:
+            form = pipeline.backend.name if name in CHECKPOINT_BACKENDS else name
+            rows += _verify_stages(pipeline.backend, form, stages, tolerances, report)
+            rows += _verify_video(pipeline, form, video, tolerances, seen, report)
     portrait = bundle.portrait if "onnxruntime" in backends else None
     if portrait is not None:
         from proteus_deploy.export.portrait_verify import verify_portrait
@@ -177,7 +183,23 @@ def _check_source(bundle: Bundle, source: Checkpoint) -> None:
         )
 
 
-def _open(bundle: Bundle, name: str, checkpoint: Checkpoint | None) -> Pipeline:
+def _check_form(backends: Sequence[str], attention: str, *, frozen: bool) -> None:
+    """Raises InputError for a choice that no backend listens to."""
+    if attention != "torch" and not set(CHECKPOINT_BACKENDS) & set(backends):
+        raise InputError(
+            f"attention is {attention!r}, which the backends {' and '.join(CHECKPOINT_BACKENDS)} listen to, "
+            f"and {', '.join(backends)} was asked for: add --backend compiled, or leave --attention out"
+        )
+    if frozen and "compiled" not in backends:
+        raise InputError(
+            f"frozen is for the backend compiled, and {', '.join(backends)} was asked for: add --backend "
+            "compiled, or leave --frozen out"
+        )
+
+
+def _open(
+    bundle: Bundle, name: str, checkpoint: Checkpoint | None, attention: str, *, frozen: bool
+) -> Pipeline:
     if name not in CHECKPOINT_BACKENDS:
         return Pipeline.from_bundle(bundle, backend=name)
     if checkpoint is None:
@@ -187,6 +209,8 @@ def _open(bundle: Bundle, name: str, checkpoint: Checkpoint | None) -> Pipeline:
         checkpoint.folder,
         dtype=bundle.dtype,
         compiled=name == "compiled",
+        frozen=frozen and name == "compiled",
+        attention=attention,
         controlnet=None if controlnet is None else controlnet.folder,
     )
 
@@ -232,7 +256,7 @@ def _verify_video(
     name: str,
     reference: VideoReference | None,
     tolerances: Mapping[str, Tolerance],
-    on_video: OnVideo | None,
+    on_video: Callable[[VideoReference, torch.Tensor], None] | None,
     say: Report,
 ) -> Iterator[Row]:
     if reference is None:
@@ -270,7 +294,7 @@ def _verify_video(
     error = measured_error(frames, reference.frames, tolerances["frames"])
     yield _row(name, "video frames", error, tolerances["frames"], f"{shape} values in 0..1")
     if on_video is not None:
-        on_video(name, reference, frames)
+        on_video(reference, frames)
 
 
 def _row(backend: str, check: str, error: float | None, tolerance: Tolerance, detail: str) -> Row:

@@ -34,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, metavar="DIR", help="compute the reference from this checkpoint now"
     )
+    parser.add_argument(
+        "--attention",
+        default="torch",
+        metavar="NAME",
+        help="of the backends eager and compiled, as for generate (default: torch)",
+    )
+    parser.add_argument("--frozen", action="store_true", help="of the backend compiled, as for generate")
     add_controlnet_argument(parser, "with --checkpoint: what the bundle was exported with")
     parser.add_argument(
         "--budget",
@@ -69,6 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
             backends,
             checkpoint=arguments.checkpoint,
             controlnet=arguments.controlnet,
+            attention=arguments.attention,
+            frozen=arguments.frozen,
             budget=tolerances,
             on_video=None if quality is None else quality.measure,
             report=progress,

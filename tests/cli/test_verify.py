@@ -71,6 +71,11 @@ def test_not_a_number_is_null_in_json(
         (["--backend", "eager"], "pass it with --checkpoint"),
         (["--budget", "absent.json"], "budget absent.json is not readable JSON"),
         (["--checkpoint", "absent"], "absent is not a folder"),
+        (["--frozen"], "frozen is for the backend compiled"),
+        (
+            ["--attention", "cpu-bf16"],
+            "attention is 'cpu-bf16', which the backends eager and compiled listen to",
+        ),
     ],
 )
 def test_wrong_input(

@@ -242,6 +242,54 @@ def test_checkpoint_backends_need_the_checkpoint(bundle: Bundle) -> None:
         verify_bundle(bundle, ["eager"])
 
 
+def test_the_frozen_form(bundle: Bundle, parity: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler hears of it and the rows say it; what such networks compute: tests/runtime/test_frozen.py."""
+    asked: list[Any] = []
+
+    def compile_nothing(module: Any, **settings: Any) -> Any:
+        asked.append(settings["options"])
+        return module
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    seen: list[str] = []
+    report = verify_bundle(
+        bundle,
+        ["compiled"],
+        checkpoint=parity / "checkpoint",
+        frozen=True,
+        on_video=lambda name, _reference, _frames: seen.append(name),
+    )
+    assert report.passed, report.table()
+    assert {row.backend for row in report.rows} == {"compiled-frozen"}
+    assert asked.count({"freezing": True}) == len(bundle.table.graphs) - 1, "all but the text encoder"
+    assert asked.count(None) == 1
+    assert seen == ["compiled"]
+
+
+@pytest.mark.parametrize(
+    ("backends", "form", "message"),
+    [
+        (["onnxruntime"], {"attention": "cpu-bf16"}, "attention is 'cpu-bf16', .* add --backend compiled"),
+        (
+            ["onnxruntime", "eager"],
+            {"frozen": True},
+            "frozen is for the backend compiled, and onnxruntime, eager",
+        ),
+    ],
+)
+def test_a_form_that_nothing_listens_to(
+    bundle: Bundle, parity: Path, backends: list[str], form: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        verify_bundle(bundle, backends, checkpoint=parity / "checkpoint", **form)
+
+
+def test_attention_in_a_precision_that_it_has_not(bundle: Bundle, parity: Path) -> None:
+    """Nothing else is run in its place."""
+    with pytest.raises(BackendError, match="cpu-bf16"):
+        verify_bundle(bundle, ["eager"], checkpoint=parity / "checkpoint", attention="cpu-bf16")
+
+
 def test_another_checkpoint_is_refused(bundle: Bundle, make_checkpoint: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match="is not the checkpoint this bundle was exported from"):
         verify_bundle(bundle, ["onnxruntime"], checkpoint=make_checkpoint())
