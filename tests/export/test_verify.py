@@ -243,7 +243,7 @@ def test_checkpoint_backends_need_the_checkpoint(bundle: Bundle) -> None:
 
 
 def test_the_frozen_form(bundle: Bundle, parity: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler hears of it and the rows say it; what such networks compute: tests/runtime/test_frozen.py."""
+    """The compiler hears of it, and rows say it; what it computes: tests/runtime/test_frozen.py."""
     asked: list[Any] = []
 
     def compile_nothing(module: Any, **settings: Any) -> Any:
