@@ -2,14 +2,15 @@
 
 Of each policy alone the boldest setting inside the budget is found by halving, then step caches and savings
 of guidance are combined. What passes may still fit these cases alone, so it is tried on others, the cheapest
-first, and the first that passes there too is chosen. Work is counted and not timed: rows of the denoiser that
-were computed, by the rows of the exact loop. So the same seeds give the same plan on every machine of a kind.
+first, and the first that passes there too is chosen; what fails there comes back with more careful settings.
+Work is counted and not timed: rows of the denoiser that were computed, by the rows of the exact loop. So the
+same seeds give the same plan on every machine of a kind.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from proteus_deploy.benchmarks.plan_families import POLICIES, NamedPlan, plan_fa
 from proteus_deploy.benchmarks.plan_trials import PlanTrials, Trial, TuningCase
 from proteus_deploy.errors import InputError
 from proteus_deploy.evaluate.budget import Bound, Budget
+from proteus_deploy.policies.plan import Plan
 from proteus_deploy.reporting import Report, no_report
 
 if TYPE_CHECKING:
@@ -72,57 +74,136 @@ def search_plan(
 
     policies: which of `POLICIES` may be used.
     Raises InputError for no cases, cases of different schedules or with a plan, and a budget that even the
-    exact videos break.
+    exact videos break, be it of the cases kept out.
     """
     _check_cases([*cases, *check_cases] if cases else [])
     bench = PlanTrials(pipeline, cases, budget, encoders, report)
+    search = _Search(bench, _exact(bench, budget, "the exact videos"))
+    caches: list[_Candidate] = []  # the boldest of each family that passed
+    guidances: list[_Candidate] = []
+    guided = cases[0].request.guided
+    for family in plan_families(policies, bench.ratios, bench.changes, guided=guided):
+        boldest = search.halve(family)
+        if boldest is not None:
+            (caches if boldest.guidance is None else guidances).append(boldest)
+    for one, other in itertools.product(caches, guidances):
+        search.trial(_Candidate(one.cache, other.guidance))
+    waiting = search.passed()
+    if not check_cases:
+        return Tuning(search.trials, waiting[0][1])
+    others = PlanTrials(pipeline, check_cases, budget, encoders, report)
+    _exact(others, budget, "the exact videos of the cases kept out")
+    checks: list[Trial] = []
+    while not checks or not checks[-1].gate.passed:  # at the latest the exact one passes
+        candidate, chosen = waiting.pop(0)
+        checks.append(others.trial(f"{chosen.name}, again", chosen.plan))
+        if not checks[-1].gate.passed:
+            waiting = sorted([*waiting, *search.step_back(candidate)], key=_cheapest_first)
+    return Tuning(search.trials, chosen, tuple(checks))
+
+
+@dataclass(frozen=True, eq=False)
+class _Setting:
+    """A place in a family, which goes from careful to bold."""
+
+    family: Sequence[NamedPlan]
+    place: int
+
+    @property
+    def named(self) -> NamedPlan:
+        return self.family[self.place]
+
+    def careful(self) -> Iterator[_Setting]:
+        """Those before it, the nearest first."""
+        return (replace(self, place=place) for place in reversed(range(self.place)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    """A step cache, a way to leave guidance out, both, or neither: the exact loop."""
+
+    cache: _Setting | None = None
+    guidance: _Setting | None = None
+
+    @property
+    def named(self) -> NamedPlan:
+        if self.cache is None or self.guidance is None:
+            alone = self.cache or self.guidance
+            return ("exact", Plan()) if alone is None else alone.named
+        (cache_name, cache), (guidance_name, guidance) = self.cache.named, self.guidance.named
+        return f"{cache_name}, {guidance_name}", replace(guidance, step_cache=cache.step_cache)
+
+    def retreats(self) -> Iterator[Iterator[_Candidate]]:
+        """For each of its policies the same with more careful settings of that one, the nearest first."""
+        if self.cache is not None:
+            yield (replace(self, cache=setting) for setting in self.cache.careful())
+        if self.guidance is not None:
+            yield (replace(self, guidance=setting) for setting in self.guidance.careful())
+
+
+class _Search:
+    """Candidates tried on the cases of the search, each once."""
+
+    def __init__(self, bench: PlanTrials, exact: Trial) -> None:
+        self._bench = bench
+        self._tried = {exact.name: (_Candidate(), exact)}
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        return tuple(trial for _, trial in self._tried.values())
+
+    def passed(self) -> list[tuple[_Candidate, Trial]]:
+        """What keeps the budget, the least work first."""
+        return sorted((pair for pair in self._tried.values() if pair[1].gate.passed), key=_cheapest_first)
+
+    def trial(self, candidate: _Candidate) -> Trial:
+        name, plan = candidate.named
+        if name not in self._tried:
+            self._tried[name] = candidate, self._bench.trial(name, plan)
+        return self._tried[name][1]
+
+    def halve(self, family: Sequence[NamedPlan]) -> _Candidate | None:
+        """The boldest of a family that passes, None for none: bolder ones are taken to stray more."""
+        boldest = None
+        low, high = 0, len(family)  # all before `low` pass, all from `high` on don't
+        while low < high:
+            middle = (low + high) // 2
+            setting = _Setting(family, middle)
+            guides = family[middle][1].step_cache is None
+            candidate = _Candidate(guidance=setting) if guides else _Candidate(cache=setting)
+            if self.trial(candidate).gate.passed:
+                boldest, low = candidate, middle + 1
+            else:
+                high = middle
+        return boldest
+
+    def step_back(self, candidate: _Candidate) -> Iterator[tuple[_Candidate, Trial]]:
+        """For each policy of the candidate its nearest more careful setting that passes, unless it was tried
+        before: then it waits already, or was checked."""
+        for retreat in candidate.retreats():
+            for careful in retreat:
+                known = careful.named[0] in self._tried
+                trial = self.trial(careful)
+                if trial.gate.passed:
+                    if not known:
+                        yield careful, trial
+                    break
+
+
+def _cheapest_first(tried: tuple[_Candidate, Trial]) -> tuple[float, float]:
+    _, trial = tried
+    return trial.work, -trial.means.get("psnr", 0.0)
+
+
+def _exact(bench: PlanTrials, budget: Budget, what: str) -> Trial:
+    """The exact videos' trial. Raises InputError where they break the budget: then every plan would."""
     exact = bench.exact()
     if not exact.gate.passed:
         failed = "; ".join(
             f"{row.metric} {row.bound}: {row.reason}" for row in exact.gate.rows if not row.passed
         )
-        raise InputError(f"{budget.name}: the exact videos break it ({failed}); choose wider bounds")
-    trials = [exact]
-    caches: list[Trial] = []  # the boldest of each family that passed
-    guidances: list[Trial] = []
-    guided = cases[0].request.guided
-    for family in plan_families(policies, bench.ratios, bench.changes, guided=guided):
-        tried, boldest = _halve(bench, family)
-        trials += tried
-        if boldest is not None:
-            (guidances if boldest.plan.step_cache is None else caches).append(boldest)
-    for cache, guidance in itertools.product(caches, guidances):
-        plan = replace(guidance.plan, step_cache=cache.plan.step_cache)
-        trials.append(bench.trial(f"{cache.name}, {guidance.name}", plan))
-    good = sorted(
-        (trial for trial in trials if trial.gate.passed),
-        key=lambda one: (one.work, -one.means.get("psnr", 0.0)),
-    )
-    if not check_cases:
-        return Tuning(tuple(trials), good[0])
-    others = PlanTrials(pipeline, check_cases, budget, encoders, report)
-    others.exact()
-    checks: list[Trial] = []
-    for chosen in good:
-        checks.append(others.trial(f"{chosen.name}, again", chosen.plan))
-        if checks[-1].gate.passed:
-            break  # at the latest the exact one
-    return Tuning(tuple(trials), chosen, tuple(checks))
-
-
-def _halve(bench: PlanTrials, family: Sequence[NamedPlan]) -> tuple[list[Trial], Trial | None]:
-    """What was tried of plans from careful to bold, and the boldest that passes: bolder ones stray more."""
-    tried: list[Trial] = []
-    boldest: Trial | None = None
-    low, high = 0, len(family)  # all before `low` pass, all from `high` on don't
-    while low < high:
-        middle = (low + high) // 2
-        tried.append(bench.trial(*family[middle]))
-        if tried[-1].gate.passed:
-            boldest, low = tried[-1], middle + 1
-        else:
-            high = middle
-    return tried, boldest
+        raise InputError(f"{budget.name}: {what} break it ({failed}); choose wider bounds")
+    return exact
 
 
 def _check_cases(cases: Sequence[TuningCase]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from proteus_deploy.benchmarks import plan_families as module
+from proteus_deploy.benchmarks import tuning
 from proteus_deploy.benchmarks.plan_trials import PlanTrials, TuningCase
 from proteus_deploy.benchmarks.published_form import use_published_form
 from proteus_deploy.benchmarks.tuning import search_plan
@@ -21,6 +22,7 @@ from proteus_deploy.evaluate.encoders import Encoders
 from proteus_deploy.evaluate.gate import check
 from proteus_deploy.evaluate.metrics import METRICS
 from proteus_deploy.pipeline import Pipeline
+from proteus_deploy.policies.guided_steps import GuidanceInterval
 from proteus_deploy.policies.plan import Plan
 from proteus_deploy.policies.step_cache import EasyCache
 from proteus_deploy.request import GenerateRequest
@@ -95,8 +97,91 @@ def test_what_fits_the_cases_of_the_search_alone_is_not_chosen(
     assert len(found.checks) > 1
     assert [trial.gate.passed for trial in found.checks] == [False] * (len(found.checks) - 1) + [True]
     works = [trial.work for trial in found.checks]
-    assert works == sorted(trial.work for trial in passing)[: len(works)]
+    assert works == sorted(works)
+    skipped = {trial.name for trial in passing if trial.work < 1}
+    assert {trial.name.removesuffix(", again") for trial in found.checks[:-1]} == skipped
     assert tuning_document(found, {})["checks"][-1]["name"] == f"{found.chosen.name}, again"
+
+
+@pytest.mark.parametrize(
+    ("holds", "chosen", "checked"),
+    [
+        # Halving looks at 2 and 4 of five places, both pass; the check decides.
+        (0.62, "guidance from 3", ["guidance from 4", "guidance from 3"]),
+        (0.7, "guidance from 2", ["guidance from 4", "guidance from 3", "guidance from 2"]),
+        (1.0, "exact", [*(f"guidance from {place}" for place in (4, 3, 2, 1, 0)), "exact"]),
+    ],
+)
+def test_what_fails_the_check_comes_back_more_careful(
+    parity_pipeline: Pipeline,
+    cases: list[TuningCase],
+    monkeypatch: pytest.MonkeyPatch,
+    holds: float,
+    chosen: str,
+    checked: list[str],
+) -> None:
+    """holds: least work of the plans that pass on the cases kept out; of the others all do."""
+    places = [
+        (f"guidance from {place}", Plan(guidance_interval=GuidanceInterval(lowest=lowest)))
+        for place, lowest in enumerate((100, 300, 500, 700, 800))
+    ]
+    monkeypatch.setattr(tuning, "plan_families", lambda *_, **__: [places])
+    real = PlanTrials.trial
+
+    def strict(self: PlanTrials, name: str, plan: Plan) -> Any:
+        trial = real(self, name, plan)
+        worse = check(BUDGET, [], [], known=METRICS)
+        return replace(trial, gate=worse) if name.endswith(", again") and trial.work < holds else trial
+
+    monkeypatch.setattr(PlanTrials, "trial", strict)
+    wide = Budget((Bound("psnr", "min", -1000.0),), name="anything")
+    found = search_plan(parity_pipeline, cases[:1], wide, Encoders(), check_cases=cases[1:])
+    assert [trial.name for trial in found.trials[:3]] == ["exact", "guidance from 2", "guidance from 4"]
+    assert [trial.name.removesuffix(", again") for trial in found.checks] == checked
+    assert found.chosen.name == chosen
+    assert len({trial.name for trial in found.trials}) == len(found.trials), "each is tried once"
+
+
+@pytest.mark.usefixtures("short_sweeps")
+def test_both_parts_of_a_pair_come_back(
+    parity_pipeline: Pipeline, cases: list[TuningCase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a schedule with guidance reused: first the one is more careful, then the other."""
+    monkeypatch.setattr(module, "_SHARES", (0.9, 0.6, 0.5))
+    monkeypatch.setattr(module, "_EVERY", (2, 3, 4))
+    monkeypatch.setattr(module, "_LOWEST", ())
+    real = PlanTrials.trial
+
+    def strict(self: PlanTrials, name: str, plan: Plan) -> Any:
+        trial = real(self, name, plan)
+        worse = check(BUDGET, [], [], known=METRICS)
+        return replace(trial, gate=worse) if name.endswith(", again") and trial.work < 1 else trial
+
+    monkeypatch.setattr(PlanTrials, "trial", strict)
+    wide = Budget((Bound("psnr", "min", -1000.0),), name="anything")
+    policies = ("schedule", "guidance")
+    found = search_plan(
+        parity_pipeline, cases[:1], wide, Encoders(), check_cases=cases[1:], policies=policies
+    )
+    pairs = {trial.name for trial in found.checks if ", guidance" in trial.name}
+    schedules = [f"schedule {count} power 2 trend 0.25" for count in (9, 6, 5)]
+    assert pairs == {f"{one}, guidance every {n}, again" for one in schedules for n in (2, 3, 4)}
+
+
+def test_cases_kept_out_that_no_video_can_pass(
+    parity_pipeline: Pipeline, cases: list[TuningCase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = PlanTrials.exact
+
+    def broken(self: PlanTrials) -> Any:
+        exact = real(self)
+        others = self._cases[0] is cases[1]
+        return replace(exact, gate=check(BUDGET, [], [], known=METRICS)) if others else exact
+
+    monkeypatch.setattr(PlanTrials, "exact", broken)
+    monkeypatch.setattr(tuning, "plan_families", lambda *_, **__: [])
+    with pytest.raises(InputError, match="25 dB: the exact videos of the cases kept out break it"):
+        search_plan(parity_pipeline, cases[:1], BUDGET, Encoders(), check_cases=cases[1:])
 
 
 @pytest.mark.usefixtures("short_sweeps")
