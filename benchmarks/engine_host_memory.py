@@ -172,11 +172,8 @@ def memory_table(document: Mapping[str, Any]) -> str:
     lines = [f"| {' | '.join(_HEADERS)} |", "|---" * len(_HEADERS) + "|"]
     for row in document["rows"]:
         streamed, whole = (row[way] for way in WAYS)
-        size = (
-            [f"{streamed['weight_bytes'] / _MIB:.1f}", str(streamed["nodes"])]
-            if "nodes" in streamed
-            else ["", ""]
-        )
+        built = next((found for found in (streamed, whole) if "nodes" in found), None)
+        size = ["", ""] if built is None else [f"{built['weight_bytes'] / _MIB:.1f}", str(built["nodes"])]
         lines.append(f"| {' | '.join([row['graph'], *size, *_peaks(streamed), *_peaks(whole)])} |")
     machine, settings = document["machine"], document["settings"]
     conditions = (
@@ -189,7 +186,7 @@ def memory_table(document: Mapping[str, Any]) -> str:
 
 def _peaks(found: Mapping[str, Any]) -> list[str]:
     if "reason" in found:
-        return [f"failed: {found['reason']}", ""]
+        return [f"failed: {' '.join(found['reason'].split()).replace('|', '/')}", ""]
     peak = found["peak_bytes"]
     return ["" if peak is None else f"{peak / _MIB:.0f}", f"{found['predicted_bytes'] / _MIB:.0f}"]
 
@@ -214,6 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(measure(case, way, given.work_dir)))
         return 0
     check_writable(given.json)
+    commit = describe_commit(_ROOT)  # before the first write, which may change the tree
     rows = []
     for case in given.case or CASES:
         with tempfile.TemporaryDirectory(prefix="proteus-engine-") as work:
@@ -231,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 },
                 "machine": describe_machine(),
                 "versions": describe_versions(),
-                "commit": describe_commit(_ROOT),
+                "commit": commit,
                 "rows": rows,
             },
         )

@@ -24,12 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="what `proteus-deploy bench --json` wrote")
     file: Path = parser.parse_args(arguments).file
     document = json.loads(file.read_text(encoding="utf-8"))
-    if not is_clean(document["commit"]):
-        print(
-            f"error: {file} was measured at {document['commit']}, not at a commit: commit or remove what "
-            "`git status` lists, then measure again",
-            file=sys.stderr,
+    commit = document["commit"]
+    if not is_clean(commit):
+        way_out = (
+            "measure in a clone" if commit == "unknown" else "commit what `git status` lists, measure again"
         )
+        print(f"error: {file} was measured at {commit}, not at a commit: {way_out}", file=sys.stderr)
         return 2
     print(f"<!-- {file.stem} -->\n{bench_report.readme_table(document)}\n<!-- /{file.stem} -->")
     return 0

@@ -2,7 +2,8 @@
 
 Of each policy alone the boldest setting inside the budget is found by halving, then step caches and savings
 of guidance are combined. What passes may still fit these cases alone, so it is tried on others, the cheapest
-first, and the first that passes there too is chosen; what fails there comes back with more careful settings.
+first, and the first that passes there too is chosen; what fails there comes back with more careful settings,
+until the search has tried twice as many as at first.
 Work is counted and not timed: rows of the denoiser that were computed, by the rows of the exact loop. So the
 same seeds give the same plan on every machine of a kind.
 """
@@ -79,6 +80,8 @@ def search_plan(
     _check_cases([*cases, *check_cases] if cases else [])
     bench = PlanTrials(pipeline, cases, budget, encoders, report)
     search = _Search(bench, _exact(bench, budget, "the exact videos"))
+    others = PlanTrials(pipeline, check_cases, budget, encoders, report)
+    exact = _exact(others, budget, "the exact videos of the cases kept out") if check_cases else None
     caches: list[_Candidate] = []  # the boldest of each family that passed
     guidances: list[_Candidate] = []
     guided = cases[0].request.guided
@@ -89,16 +92,16 @@ def search_plan(
     for one, other in itertools.product(caches, guidances):
         search.trial(_Candidate(one.cache, other.guidance))
     waiting = search.passed()
-    if not check_cases:
+    if exact is None:
         return Tuning(search.trials, waiting[0][1])
-    others = PlanTrials(pipeline, check_cases, budget, encoders, report)
-    _exact(others, budget, "the exact videos of the cases kept out")
     checks: list[Trial] = []
+    most = 2 * len(search.trials)
     while not checks or not checks[-1].gate.passed:  # at the latest the exact one passes
         candidate, chosen = waiting.pop(0)
-        checks.append(others.trial(f"{chosen.name}, again", chosen.plan))
+        again = f"{chosen.name}, again"
+        checks.append(replace(exact, name=again) if candidate.exact else others.trial(again, chosen.plan))
         if not checks[-1].gate.passed:
-            waiting = sorted([*waiting, *search.step_back(candidate)], key=_cheapest_first)
+            waiting = sorted([*waiting, *search.step_back(candidate, most)], key=_cheapest_first)
     return Tuning(search.trials, chosen, tuple(checks))
 
 
@@ -124,6 +127,10 @@ class _Candidate:
 
     cache: _Setting | None = None
     guidance: _Setting | None = None
+
+    @property
+    def exact(self) -> bool:
+        return self.cache is None and self.guidance is None
 
     @property
     def named(self) -> NamedPlan:
@@ -177,12 +184,14 @@ class _Search:
                 high = middle
         return boldest
 
-    def step_back(self, candidate: _Candidate) -> Iterator[tuple[_Candidate, Trial]]:
+    def step_back(self, candidate: _Candidate, most: int) -> Iterator[tuple[_Candidate, Trial]]:
         """For each policy of the candidate its nearest more careful setting that passes, unless it was tried
-        before: then it waits already, or was checked."""
+        before: then it waits already, or was checked. most: how many are tried in all."""
         for retreat in candidate.retreats():
             for careful in retreat:
                 known = careful.named[0] in self._tried
+                if not known and len(self._tried) >= most:
+                    break
                 trial = self.trial(careful)
                 if trial.gate.passed:
                     if not known:
@@ -202,7 +211,9 @@ def _exact(bench: PlanTrials, budget: Budget, what: str) -> Trial:
         failed = "; ".join(
             f"{row.metric} {row.bound}: {row.reason}" for row in exact.gate.rows if not row.passed
         )
-        raise InputError(f"{budget.name}: {what} break it ({failed}); choose wider bounds")
+        unmeasured = any(row.value is None for row in exact.gate.rows)
+        way_out = "" if unmeasured else "; choose wider bounds"
+        raise InputError(f"{budget.name}: {what} break it ({failed}){way_out}")
     return exact
 
 

@@ -28,9 +28,11 @@ from proteus_deploy.export.reference import (
     record_stages,
     record_video,
 )
+from proteus_deploy.kernels.joint_attention.choices import check_attention_runs_on
 from proteus_deploy.pipeline import Pipeline
 from proteus_deploy.reporting import Report, no_report
 from proteus_deploy.runtime import BUNDLE_BACKENDS, CHECKPOINT_BACKENDS
+from proteus_deploy.runtime.backend import resolve_dtype
 from proteus_deploy.runtime.onnxruntime_backend import quantised_formats
 from proteus_deploy.testing import TOLERANCES, Tolerance, error_order, measured_error, relative_error
 
@@ -38,7 +40,8 @@ if TYPE_CHECKING:
     from proteus_deploy.runtime.backend import Backend
 
 Status = Literal["ok", "failed", "not run"]
-# Called with the backend's name, the recorded reference and the backend's frames, float32 [1, F, 3, H, W].
+# Called with the backend's name, as in the rows, the recorded reference and the backend's frames, float32
+# [1, F, 3, H, W].
 OnVideo = Callable[[str, VideoReference, torch.Tensor], None]
 
 VIDEO_CHECKS = ("latents", "frames")
@@ -132,7 +135,7 @@ def verify_bundle(
         raise InputError(
             f"no backend to verify; choose from {', '.join((*BUNDLE_BACKENDS, *CHECKPOINT_BACKENDS))}"
         )
-    _check_form(backends, attention, frozen=frozen)
+    _check_form(bundle, backends, checkpoint, attention, frozen=frozen)
     source = None
     if checkpoint is not None:
         source = Checkpoint.open(checkpoint, controlnet=controlnet)
@@ -144,9 +147,9 @@ def verify_bundle(
     stages, video = list(_stages(bundle, source, report)), _video(bundle, source, report)
     rows: list[Row] = []
     for name in backends:
-        seen = None if on_video is None else partial(on_video, name)
         with _open(bundle, name, source, attention, frozen=frozen) as pipeline:
             form = pipeline.backend.name if name in CHECKPOINT_BACKENDS else name
+            seen = None if on_video is None else partial(on_video, form)
             rows += _verify_stages(pipeline.backend, form, stages, tolerances, report)
             rows += _verify_video(pipeline, form, video, tolerances, seen, report)
     portrait = bundle.portrait if "onnxruntime" in backends else None
@@ -183,18 +186,31 @@ def _check_source(bundle: Bundle, source: Checkpoint) -> None:
         )
 
 
-def _check_form(backends: Sequence[str], attention: str, *, frozen: bool) -> None:
-    """Raises InputError for a choice that no backend listens to."""
-    if attention != "torch" and not set(CHECKPOINT_BACKENDS) & set(backends):
+def _check_form(
+    bundle: Bundle, backends: Sequence[str], checkpoint: Path | None, attention: str, *, frozen: bool
+) -> None:
+    """What can be refused before any work.
+
+    Raises InputError for a choice that no backend listens to, BackendError for one that can't run here.
+    """
+    asked = ", ".join(backends)
+    run_checkpoints = [name for name in backends if name in CHECKPOINT_BACKENDS]
+    if attention != "torch" and not run_checkpoints:
         raise InputError(
             f"attention is {attention!r}, which the backends {' and '.join(CHECKPOINT_BACKENDS)} listen to, "
-            f"and {', '.join(backends)} was asked for: add --backend compiled, or leave --attention out"
+            f"and {asked} was asked for: add --backend compiled --checkpoint FOLDER, or leave --attention out"
         )
     if frozen and "compiled" not in backends:
         raise InputError(
-            f"frozen is for the backend compiled, and {', '.join(backends)} was asked for: add --backend "
-            "compiled, or leave --frozen out"
+            f"frozen is for the backend compiled, and {asked} was asked for: add --backend compiled "
+            "--checkpoint FOLDER, or leave --frozen out"
         )
+    if run_checkpoints and checkpoint is None:
+        raise BackendError(
+            f"backend {run_checkpoints[0]!r} runs the checkpoint; pass it with --checkpoint FOLDER"
+        )
+    if attention != "torch":
+        check_attention_runs_on(attention, torch.device("cpu"), resolve_dtype(bundle.dtype))
 
 
 def _open(
@@ -202,8 +218,7 @@ def _open(
 ) -> Pipeline:
     if name not in CHECKPOINT_BACKENDS:
         return Pipeline.from_bundle(bundle, backend=name)
-    if checkpoint is None:
-        raise BackendError(f"backend {name!r} runs the checkpoint; pass it with --checkpoint FOLDER")
+    assert checkpoint is not None  # _check_form asked for it
     controlnet = checkpoint.controlnet
     return Pipeline.from_checkpoint(
         checkpoint.folder,

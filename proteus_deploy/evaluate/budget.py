@@ -86,8 +86,10 @@ class Budget:
         return any(bound.kind in AGAINST_BASELINE for bound in self.bounds)
 
     def confident(self) -> Budget:
-        """With the nearest end of a mean's interval in place of the mean: a bound holds where so few videos
-        leave little doubt. Bounds on other statistics stay as they are."""
+        """With the near end of a mean's interval in place of the mean. Bounds on other statistics stay.
+
+        Intervals of a handful of videos are too narrow (statistics.py): this is a margin, no guarantee.
+        """
         bounds = tuple(
             replace(bound, statistic="ci_low" if bound.kind in _FROM_BELOW else "ci_high")
             if bound.statistic == "mean"

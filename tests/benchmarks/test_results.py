@@ -216,10 +216,13 @@ def test_table_of_a_document(
     assert readme_table.main([str(file)]) == 0
     printed = capsys.readouterr().out
     assert shown(f"# Title\n\n{printed}\nmore", "bench_mini") == table
-    file.write_text(json.dumps(document | {"commit": "0123456789abcdef-dirty"}))
-    assert readme_table.main([str(file)]) == 2
-    refused = capsys.readouterr()
-    assert (refused.out, "0123456789abcdef-dirty, not at a commit" in refused.err) == ("", True)
+    for commit, way_out in (("0123456789abcdef-dirty", "git status"), ("unknown", "measure in a clone")):
+        file.write_text(json.dumps(document | {"commit": commit}))
+        assert readme_table.main([str(file)]) == 2
+        refused = capsys.readouterr()
+        assert refused.out == ""
+        assert f"{commit}, not at a commit" in refused.err
+        assert way_out in refused.err
 
 
 def test_a_lone_marker_is_noticed() -> None:

@@ -263,7 +263,7 @@ def test_the_frozen_form(bundle: Bundle, parity: Path, monkeypatch: pytest.Monke
     assert {row.backend for row in report.rows} == {"compiled-frozen"}
     assert asked.count({"freezing": True}) == len(bundle.table.graphs) - 1, "all but the text encoder"
     assert asked.count(None) == 1
-    assert seen == ["compiled"]
+    assert seen == ["compiled-frozen"]
 
 
 @pytest.mark.parametrize(
@@ -284,8 +284,11 @@ def test_a_form_that_nothing_listens_to(
         verify_bundle(bundle, backends, checkpoint=parity / "checkpoint", **form)
 
 
-def test_attention_in_a_precision_that_it_has_not(bundle: Bundle, parity: Path) -> None:
-    """Nothing else is run in its place."""
+def test_attention_in_a_precision_that_it_has_not(
+    bundle: Bundle, parity: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else is run in its place, and nothing before it is refused."""
+    monkeypatch.setattr(verify, "_stages", lambda *_: pytest.fail("the reference was computed first"))
     with pytest.raises(BackendError, match="cpu-bf16"):
         verify_bundle(bundle, ["eager"], checkpoint=parity / "checkpoint", attention="cpu-bf16")
 
