@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
             on_video=None if quality is None else quality.measure,
             report=progress,
         )
-    forms = [row.backend for row in report.rows if row.check == "video frames"]
+    forms = list(dict.fromkeys(row.backend for row in report.rows))
     gates = {} if quality is None else quality.check(forms)
     print_table(report.headers, report.table())
     print("passed" if report.passed else "FAILED: figures above are outside their tolerance")
