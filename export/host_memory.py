@@ -13,7 +13,7 @@ from typing import Self
 from proteus_deploy.errors import InputError
 
 # From tensorrt_rtx 1.7.1, by benchmarks/engine_host_memory.py: peak over the process's size before. They are
-# bounds on what that measures: beyond base and nodes it is up to 2.8 bytes for a byte of weights.
+# bounds on what that measures: beyond base and nodes it is up to 2.82 bytes for a byte of weights.
 STREAMED_FACTOR = 3.0  # bytes of host memory for a byte of weights, the mapped ONNX data included
 WHOLE_PLAN_FACTOR = 3.3  # the same when the finished plan is returned in memory
 BASE_BYTES = 256 << 20

@@ -96,9 +96,8 @@ class Budget:
             else bound
             for bound in self.bounds
         )
-        return replace(
-            self, bounds=bounds, name=f"{self.name}, at the ends of {self.confidence:.0%} intervals"
-        )
+        name = f"{self.name}, at the ends of {100 * self.confidence:g}% intervals"
+        return replace(self, bounds=bounds, name=name)
 
 
 def read_budget(file: Path, known: Mapping[str, MetricInfo]) -> Budget:

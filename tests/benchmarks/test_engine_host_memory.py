@@ -71,12 +71,12 @@ def test_what_could_not_be_built_is_a_row(tmp_path: Path) -> None:
             {
                 "graph": "some graph",
                 "streamed": built,
-                "in memory": {"status": "failed", "reason": "killed after 9 s"},
+                "in memory": {"status": "failed", "reason": "exit code 1:\nno | memory"},
             }
         ],
     }
     lines = memory_table(document).splitlines()
-    assert lines[2] == "| some graph | 3.0 | 7 | 100 | 265 | failed: killed after 9 s |  |"
+    assert lines[2] == "| some graph | 3.0 | 7 | 100 | 265 | failed: exit code 1: no / memory |  |"
     assert len({line.count("|") for line in lines[:3]}) == 1
     assert lines[-1] == (
         "fp16, for sm89, built, not run; Some CPU, 2 cores; tensorrt_rtx 1.7; commit 0123456789ab."

@@ -87,6 +87,7 @@ def test_a_confident_budget_looks_at_the_ends_of_intervals() -> None:
         "worst",
     ]
     assert confident.name == "mine, at the ends of 95% intervals"
+    assert replace(budget, confidence=0.995).confident().name.endswith("ends of 99.5% intervals")
     assert [replace(bound, statistic="mean") for bound in confident.bounds[:4]] == list(bounds[:4])
     measured = videos(29.0, 31.0, 33.0)
     for tried, passed in ((Budget(bounds[:1]), True), (Budget(bounds[:1]).confident(), False)):

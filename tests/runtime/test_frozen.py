@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextvars import copy_context
 from pathlib import Path
@@ -151,7 +152,10 @@ def test_what_is_released_in_each_request_is_not_frozen(parity: Path) -> None:
         Pipeline.from_checkpoint(parity / "checkpoint", compiled=True, frozen=True, low_memory=True)
 
 
-@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="the attention of compiled-cpu")
+@pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported() or shutil.which("g++") is None,
+    reason="the attention of compiled-cpu needs AVX512-BF16 and g++",
+)
 def test_a_candidate_for_cpus_is_frozen_without_a_recipe(checkpoint: Checkpoint, tmp_path: Path) -> None:
     opener = Opener(checkpoint, None, tmp_path)
     assert opener(parse_candidate("exact:compiled-cpu:bf16")).name == "compiled-attention-cpu-bf16-frozen"
